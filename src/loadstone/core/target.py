@@ -1,0 +1,170 @@
+"""What the generator sends requests to: an HTTP server or the simulator in virtual time."""
+
+import enum
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import msgspec
+import zstandard
+
+
+class Request(msgspec.Struct, frozen=True, gc=False):
+    """One request, ready to be written: JSON is built before the level, never on the hot path."""
+
+    path: str
+    """Path below the base URL, such as ``/v1/chat/completions``."""
+    body: bytes
+    index: int
+    """Its place in the workload: the same index has the same lengths on every level, with new text."""
+    input_tokens: int | None = None
+    """Prompt tokens asked for, where known beforehand."""
+    output_tokens: int | None = None
+    """Tokens asked for in the reply."""
+    sequences: int = 1
+    """Texts in the request (rerank and embeddings send several)."""
+
+
+class Break(enum.StrEnum):
+    """Why an exchange ended without a complete HTTP response."""
+
+    CONNECT = "connect"
+    """The connection was refused, reset while connecting, or the host is unreachable."""
+    TLS = "tls"
+    TIMEOUT = "timeout"
+    DISCONNECT = "disconnect"
+    """The server closed or reset the connection before the response was complete."""
+    MALFORMED = "malformed"
+    """The bytes are not HTTP/1.1."""
+    CLIENT = "client"
+    """This machine's own limits: open files, ports, buffers, or bytes that waited unread past the time-out."""
+    CUT = "cut"
+    """We cancelled it."""
+
+
+_BLOCK_BYTES = 16_384
+_COMPRESS = zstandard.ZstdCompressor(level=1)
+_DECOMPRESS = zstandard.ZstdDecompressor()
+
+
+class ChunkLog:
+    """The received body as (time-stamp, bytes) pairs, kept small: full blocks of bytes are compressed.
+
+    About 300 B of raw event per streamed chunk become some 20–30 B; a level of a million chunks fits in tens of MB.
+    """
+
+    __slots__ = ("_blocks", "_lengths", "_stamps_ns", "_tail", "_tail_bytes")
+
+    def __init__(self) -> None:
+        self._stamps_ns = array("q")
+        self._lengths = array("I")
+        self._blocks: list[bytes] | None = None
+        self._tail: list[bytes] = []
+        self._tail_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._stamps_ns)
+
+    def append(self, t_ns: int, data: bytes) -> None:
+        """Record ``data`` as received at ``t_ns`` (monotonic nanoseconds)."""
+        self._stamps_ns.append(t_ns)
+        self._lengths.append(len(data))
+        self._tail.append(data)
+        self._tail_bytes += len(data)
+        if self._tail_bytes >= _BLOCK_BYTES:
+            self._pack()
+
+    def seal(self) -> None:
+        """Compress what is left, once the exchange has ended; short bodies stay as they are."""
+        if self._tail_bytes > 1_024:
+            self._pack()
+
+    def _pack(self) -> None:
+        if self._blocks is None:
+            self._blocks = []
+        self._blocks.append(_COMPRESS.compress(b"".join(self._tail)))
+        self._tail = []
+        self._tail_bytes = 0
+
+    def first_ns(self) -> int:
+        """Stamp of the first byte of the body, 0 where there is none."""
+        return self._stamps_ns[0] if self._stamps_ns else 0
+
+    def last_ns(self) -> int:
+        """Stamp of the last byte of the body, 0 where there is none."""
+        return self._stamps_ns[-1] if self._stamps_ns else 0
+
+    def body(self) -> bytes:
+        """The whole body."""
+        packed = b"".join(_DECOMPRESS.decompress(block) for block in self._blocks or ())
+        return packed + b"".join(self._tail)
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        body = self.body()
+        start = 0
+        for t_ns, length in zip(self._stamps_ns, self._lengths, strict=True):
+            yield t_ns, body[start : start + length]
+            start += length
+
+    def __repr__(self) -> str:
+        return f"<ChunkLog {len(self)} chunks>"
+
+
+class Exchange:
+    """One request on the wire and what came back, filled in while it runs. All times are monotonic nanoseconds."""
+
+    __slots__ = (
+        "broken",
+        "end_ns",
+        "error",
+        "headers",
+        "lag_ns",
+        "log",
+        "planned_ns",
+        "request",
+        "sent_ns",
+        "slot",
+        "status",
+        "turnaround_ns",
+    )
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.slot = -1
+        self.planned_ns = 0
+        """When the schedule wanted it sent."""
+        self.turnaround_ns = -1
+        """Write minus the last byte of the slot's previous exchange; -1 where the slot had paused or just opened."""
+        self.sent_ns = 0
+        """Clock read just before the request's first byte is written, connecting not included; 0 until then."""
+        self.status = 0
+        """HTTP status, 0 until the head of the response is complete."""
+        self.headers: dict[bytes, bytes] = {}
+        """Lower-case names of the response head that are of use: content-type, retry-after, server, x-loadstone-reason."""
+        self.log = ChunkLog()
+        self.lag_ns = 0
+        """Largest delay between the kernel's stamp of a read and the read itself; 0 without kernel stamps."""
+        self.end_ns = 0
+        """Stamp of the last byte, or the time of the failure; 0 while in flight."""
+        self.broken: Break | None = None
+        self.error = ""
+
+    @property
+    def done(self) -> bool:
+        return self.end_ns != 0
+
+    def __repr__(self) -> str:
+        state = self.broken or (f"status {self.status}" if self.done else "in flight")
+        return f"<Exchange {self.request.index} {state}, {len(self.log)} chunks>"
+
+
+class Target(Protocol):
+    """Where requests go. One implementation speaks HTTP, one is the simulator."""
+
+    def start(self, exchange: Exchange, done: Callable[[Exchange], None]) -> None:
+        """Send ``exchange.request``; call ``done`` exactly once when it has ended, and never from within this call."""
+        ...
+
+    def cancel(self, exchange: Exchange) -> None:
+        """End an exchange now as ``Break.CUT``, closing its connection; ``done`` is called for it. No effect once done."""
+        ...
