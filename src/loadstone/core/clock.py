@@ -19,5 +19,5 @@ class Clock(Protocol):
     def now_ns(self) -> int: ...
 
     def call_at(self, when_ns: int, callback: Callable[[], object]) -> Timer:
-        """Run ``callback`` at ``when_ns`` or as soon as possible after it; never before, never from within this call."""
+        """Run ``callback`` at or as soon as possible after ``when_ns``; never before, never within this call."""
         ...

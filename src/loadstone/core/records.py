@@ -43,6 +43,8 @@ class RequestRecord(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Last chunk with a non-empty ``choices`` (vLLM's E2EL)."""
     itls_s: list[float] = []
     """Gaps between consecutive choices-chunks."""
+    chunks: int = 0
+    """Chunks that carried content, reasoning or a tool call: what tokens are counted by where nothing else tells."""
     input_tokens: int | None = None
     output_tokens: int | None = None
     sequences: int = 1

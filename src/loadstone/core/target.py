@@ -43,6 +43,7 @@ class Break(enum.StrEnum):
 
 
 _BLOCK_BYTES = 16_384
+_WORTH_PACKING_BYTES = 1_024
 _COMPRESS = zstandard.ZstdCompressor(level=1)
 _DECOMPRESS = zstandard.ZstdDecompressor()
 
@@ -53,58 +54,63 @@ class ChunkLog:
     About 300 B of raw event per streamed chunk become some 20–30 B; a level of a million chunks fits in tens of MB.
     """
 
-    __slots__ = ("_blocks", "_lengths", "_stamps_ns", "_tail", "_tail_bytes")
+    __slots__ = ("_blocks", "_lengths", "_recent", "_recent_bytes", "_stamps_ns")
 
     def __init__(self) -> None:
-        self._stamps_ns = array("q")
-        self._lengths = array("I")
+        self._recent: list[tuple[int, bytes]] = []
+        self._recent_bytes = 0
+        self._stamps_ns: array[int] | None = None
+        self._lengths: array[int] | None = None
         self._blocks: list[bytes] | None = None
-        self._tail: list[bytes] = []
-        self._tail_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._stamps_ns)
+        return len(self._recent) + (len(self._stamps_ns) if self._stamps_ns is not None else 0)
 
     def append(self, t_ns: int, data: bytes) -> None:
         """Record ``data`` as received at ``t_ns`` (monotonic nanoseconds)."""
-        self._stamps_ns.append(t_ns)
-        self._lengths.append(len(data))
-        self._tail.append(data)
-        self._tail_bytes += len(data)
-        if self._tail_bytes >= _BLOCK_BYTES:
+        self._recent.append((t_ns, data))
+        self._recent_bytes += len(data)
+        if self._recent_bytes >= _BLOCK_BYTES:
             self._pack()
 
     def seal(self) -> None:
         """Compress what is left, once the exchange has ended; short bodies stay as they are."""
-        if self._tail_bytes > 1_024:
+        if self._recent_bytes > _WORTH_PACKING_BYTES:
             self._pack()
 
     def _pack(self) -> None:
-        if self._blocks is None:
-            self._blocks = []
-        self._blocks.append(_COMPRESS.compress(b"".join(self._tail)))
-        self._tail = []
-        self._tail_bytes = 0
+        if self._stamps_ns is None or self._lengths is None or self._blocks is None:
+            self._stamps_ns, self._lengths, self._blocks = array("q"), array("I"), []
+        self._stamps_ns.extend([t_ns for t_ns, _ in self._recent])
+        self._lengths.extend([len(data) for _, data in self._recent])
+        self._blocks.append(_COMPRESS.compress(b"".join([data for _, data in self._recent])))
+        self._recent = []
+        self._recent_bytes = 0
 
     def first_ns(self) -> int:
         """Stamp of the first byte of the body, 0 where there is none."""
-        return self._stamps_ns[0] if self._stamps_ns else 0
+        if self._stamps_ns:
+            return self._stamps_ns[0]
+        return self._recent[0][0] if self._recent else 0
 
     def last_ns(self) -> int:
         """Stamp of the last byte of the body, 0 where there is none."""
+        if self._recent:
+            return self._recent[-1][0]
         return self._stamps_ns[-1] if self._stamps_ns else 0
 
     def body(self) -> bytes:
         """The whole body."""
-        packed = b"".join(_DECOMPRESS.decompress(block) for block in self._blocks or ())
-        return packed + b"".join(self._tail)
+        packed = [_DECOMPRESS.decompress(block) for block in self._blocks or ()]
+        return b"".join(packed + [data for _, data in self._recent])
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        body = self.body()
+        body = b"".join([_DECOMPRESS.decompress(block) for block in self._blocks or ()])
         start = 0
-        for t_ns, length in zip(self._stamps_ns, self._lengths, strict=True):
+        for t_ns, length in zip(self._stamps_ns or (), self._lengths or (), strict=True):
             yield t_ns, body[start : start + length]
             start += length
+        yield from self._recent
 
     def __repr__(self) -> str:
         return f"<ChunkLog {len(self)} chunks>"
@@ -115,6 +121,7 @@ class Exchange:
 
     __slots__ = (
         "broken",
+        "connect_ns",
         "end_ns",
         "error",
         "headers",
@@ -137,10 +144,12 @@ class Exchange:
         """Write minus the last byte of the slot's previous exchange; -1 where the slot had paused or just opened."""
         self.sent_ns = 0
         """Clock read just before the request's first byte is written, connecting not included; 0 until then."""
+        self.connect_ns = 0
+        """Time from ``start`` to the write that went into connecting; 0 on a connection that was already open."""
         self.status = 0
         """HTTP status, 0 until the head of the response is complete."""
         self.headers: dict[bytes, bytes] = {}
-        """Lower-case names of the response head that are of use: content-type, retry-after, server, x-loadstone-reason."""
+        """Of the response head, lower case: content-type, retry-after, server, x-loadstone-reason."""
         self.log = ChunkLog()
         self.lag_ns = 0
         """Largest delay between the kernel's stamp of a read and the read itself; 0 without kernel stamps."""
@@ -166,5 +175,5 @@ class Target(Protocol):
         ...
 
     def cancel(self, exchange: Exchange) -> None:
-        """End an exchange now as ``Break.CUT``, closing its connection; ``done`` is called for it. No effect once done."""
+        """End an exchange now as ``Break.CUT`` and close its connection; ``done`` is called. No effect once done."""
         ...

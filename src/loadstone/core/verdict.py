@@ -47,7 +47,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class LevelRow(msgspec.Struct, frozen=True):
-    """One level as it was judged. Latencies in ms over the successes; failures count as infinite in quantiles (null)."""
+    """One level as it was judged. Latencies in ms; means over successes, failures infinite in quantiles (null)."""
 
     ordinal: int
     kind: LevelKind

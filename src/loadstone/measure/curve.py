@@ -1,0 +1,81 @@
+"""The gain rule over a run's points, and what it may say beyond the last level that passed.
+
+Above a hard line (TTFT, success, a resource) the server is not to be measured, yet G(N) looks half an octave ahead. A
+throughput curve that bends downwards cannot rise there faster than its last stretch did, and just past its line it has
+not collapsed either: the true continuation lies between flat and that slope. Both are tried; together they bound the
+gain line, usually tightly, because where it binds the curve has already flattened.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loadstone.core.gain import GainEstimate, gain_line, log_log_interpolate
+from loadstone.measure.points import Point
+
+_FLAT = 0.02
+"""Throughput that varies by less than this across the interval is settled: a gain line is soft."""
+_CERTAIN_DOUBLING = 2.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points with a usable throughput, ascending."""
+
+    ns: tuple[float, ...]
+    xs: tuple[float, ...]
+    ses: tuple[float, ...]
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> "Curve":
+        usable = [(float(p.concurrency), p.throughput) for p in points if p.throughput and p.throughput.rps > 0]
+        return cls(
+            tuple(n for n, _ in usable),
+            tuple(x.rps for _, x in usable),
+            tuple(x.se_rps for _, x in usable),
+        )
+
+    def gain(self, min_gain: float) -> GainEstimate | None:
+        """The gain line from what was measured; None without a doubling to look at, or without the rule."""
+        if min_gain <= 0 or len(self.ns) < 2:
+            return None
+        return gain_line(self.ns, self.xs, self.ses, min_gain)
+
+    def gain_under_line(self, min_gain: float) -> GainEstimate | None:
+        """The same where the last level is the last that may be measured: bounded by its two continuations."""
+        measured = self.gain(min_gain)
+        if measured is None or measured.reached:
+            return measured
+        flat = self._continued(0.0).gain(min_gain)
+        steep = self._continued(self._last_slope()).gain(min_gain)
+        if flat is None or steep is None or not flat.reached:
+            return measured
+        # Beyond the last level nothing is known; a line that lies there does not bind.
+        high = max(flat.high, steep.high) if steep.reached else math.inf
+        return GainEstimate(flat.line, flat.low, high, flat.line < self.ns[-1])
+
+    def is_settled(self, estimate: GainEstimate, resolution: float) -> bool:
+        """The interval is within the resolution, or throughput hardly varies across it."""
+        if estimate.high <= estimate.low * (1 + resolution):
+            return True
+        low = log_log_interpolate(self.ns, self.xs, max(estimate.low, self.ns[0]))
+        high = log_log_interpolate(self.ns, self.xs, min(estimate.high, self.ns[-1]))
+        return math.isfinite(estimate.high) and low is not None and high is not None and abs(high / low - 1) < _FLAT
+
+    def near(self, n: float, share: float) -> bool:
+        """A level with usable throughput lies within ``share`` of ``n``."""
+        return any(abs(known / n - 1) <= share for known in self.ns)
+
+    def _last_slope(self) -> float:
+        """dlnX/dlnN of the last half octave, between 0 and 1."""
+        end = self.ns[-1]
+        start = max(self.ns[0], end / math.sqrt(2))
+        before = log_log_interpolate(self.ns, self.xs, start)
+        if before is None or start >= end:
+            return 1.0
+        return min(1.0, max(0.0, math.log(self.xs[-1] / before) / math.log(end / start)))
+
+    def _continued(self, slope: float) -> "Curve":
+        beyond = self.xs[-1] * _CERTAIN_DOUBLING**slope
+        error = self.ses[-1] * beyond / self.xs[-1]
+        return Curve((*self.ns, self.ns[-1] * _CERTAIN_DOUBLING), (*self.xs, beyond), (*self.ses, error))

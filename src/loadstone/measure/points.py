@@ -1,0 +1,108 @@
+"""What is known at each concurrency: all levels run there, pooled and held to the rules."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loadstone.core.records import Outcome
+from loadstone.core.verdict import Verdict
+from loadstone.measure.early import certain_failure, view_of
+from loadstone.measure.rules import Judgement, Rules, Stance, judge
+from loadstone.measure.steady import LevelData, Summary, Throughput, summarise
+
+
+@dataclass(frozen=True)
+class Point:
+    """One concurrency, as the search sees it."""
+
+    concurrency: int
+    verdict: Verdict
+    rule: str = ""
+    """The rule that failed; empty where none did."""
+    reason: str = ""
+    sure: bool = True
+    runs: int = 1
+    full: bool = True
+    """At least one run went on to its planned end, or its failure was exact."""
+    requests: int = 0
+    """Judged in full runs, pooled."""
+    throughput: Throughput | None = None
+    pressure: dict[str, float] | None = None
+    """Value ÷ limit by rule, where it can be said: what the secant runs through."""
+    accepted: int | None = None
+    """Requests the server was working on when a refusing level ended: where its own limit seems to lie."""
+    refuted: bool = False
+    """Failed when it was run to confirm the answer."""
+    supported: int = 0
+    """Concurrency that a PASS is evidence for, the generator's own delays taken off; 0: the concurrency itself."""
+
+
+def judge_level(level: LevelData, rules: Rules, stance: Stance) -> tuple[Summary, Judgement]:
+    """One level by itself. Stopped early, it is judged by the evidence that stopped it."""
+    summary = summarise([level])
+    if level.complete:
+        return summary, judge(summary, rules, stance)
+    if summary.client_failures:
+        return summary, judge(summary, rules, stance)
+    failure = certain_failure(view_of(level), rules, level.meta.streams)
+    if failure is not None:
+        return summary, Judgement(failure.verdict, failure.rule, failure.reason, True, [failure])
+    reason = f"{level.meta.stopped_early}; what was seen decides nothing under these rules"
+    return summary, Judgement(Verdict.UNRESOLVED, "", reason, False, [])
+
+
+def point_of(levels: Sequence[LevelData], rules: Rules) -> Point:
+    """Pool all levels that were run at one concurrency, in running order."""
+    usable = [level for level in levels if level.complete and not _void(level, rules)]
+    if usable:
+        summary = summarise(usable)
+        stance = Stance.CONFIRM if levels[-1].meta.kind == "confirm" else Stance.SETTLE
+        judgement = judge(summary, rules, stance)
+    else:
+        summary, judgement = judge_level(levels[-1], rules, Stance.SETTLE)
+    exact = judgement.verdict is Verdict.FAIL and judgement.rule.split(":")[0] in ("success", "resource")
+    return Point(
+        concurrency=summary.concurrency,
+        verdict=judgement.verdict,
+        rule=judgement.rule,
+        reason=judgement.reason,
+        sure=judgement.sure,
+        runs=len(levels),
+        full=bool(usable) or exact,
+        requests=summary.requests if usable else 0,
+        throughput=summary.throughput if usable else None,
+        pressure=_pressure(summary, levels[-1], rules),
+        accepted=_accepted(levels[-1]) if summary.failures.get(Outcome.REFUSED) else None,
+        refuted=judgement.verdict is Verdict.FAIL and levels[-1].meta.kind == "confirm",
+        supported=summary.concurrency if _keeps_up(summary, rules) else summary.supported_concurrency,
+    )
+
+
+def _void(level: LevelData, rules: Rules) -> bool:
+    return judge(summarise([level]), rules, Stance.SETTLE).verdict is Verdict.INVALID
+
+
+def _keeps_up(summary: Summary, rules: Rules) -> bool:
+    return summary.client.turnaround_share <= rules.resolution / 2
+
+
+def _pressure(summary: Summary, level: LevelData, rules: Rules) -> dict[str, float]:
+    pressure: dict[str, float] = {}
+    view = None if level.complete else view_of(level)
+    for rule, metric, stat, limit_ms in rules.latency(summary.streams):
+        value_ms = summary.metrics[metric].stat(stat)[0]
+        if view is not None and view.latencies.get(metric):
+            samples = view.latencies[metric]
+            value_ms = sum(sample.ms for sample in samples) / len(samples)
+        if math.isfinite(value_ms) and value_ms > 0:
+            pressure[rule] = value_ms / limit_ms
+    if summary.server.kv_use:
+        pressure["resource:kv"] = summary.server.kv_use / rules.max_kv_use
+    return pressure
+
+
+def _accepted(level: LevelData) -> int:
+    """Requests in flight at the window's end that did not fail."""
+    end_s = level.meta.window_end_s
+    alive = (Outcome.OK, Outcome.CUT)
+    return sum(1 for r in level.records if r.sent_s < end_s <= r.end_s and r.outcome in alive)

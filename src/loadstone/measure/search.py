@@ -1,0 +1,321 @@
+"""The search: which concurrency to run next, from what is known so far. Pure and without memory.
+
+Theory of operation. Every call looks at all points anew, so a resumed search goes on exactly as it would have:
+
+1. a level that was INVALID is run once more; so is a failing first level (a cold server fails it wrongly);
+2. the ladder, up to the first failure or until a doubling no longer pays;
+3. the bracket between the highest PASS and the lowest FAIL above it, down to the resolution;
+4. where a doubling stops paying below that line, the levels around the gain line instead;
+5. an early FAIL that became the final upper bound, once more in full;
+6. the answer's own level, up to ten requests a slot; refuted, it steps down one resolution;
+7. the recommended level, so that the figures written for it are measured.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loadstone.core.gain import GainEstimate
+from loadstone.core.limits import recommend
+from loadstone.core.verdict import LevelKind, Verdict
+from loadstone.measure.curve import Curve
+from loadstone.measure.points import Point
+from loadstone.measure.rules import Rules, Stance, requests_for
+
+DEFAULT_LADDER = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+BRACKET_REQUESTS = 5
+MAX_STEPS_DOWN = 3
+MAX_BISECTIONS = 16
+MAX_GAIN_LEVELS = 6
+_CHEAP_RULES = ("success", "resource")
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What the search may do."""
+
+    rules: Rules
+    ladder: tuple[int, ...] = DEFAULT_LADDER
+    requests_per_slot: int = 10
+    headroom: float = 0.75
+    streams: bool = True
+
+    @property
+    def ladder_requests(self) -> int:
+        """Judged requests per slot on the ladder: one wave warms up, one fills at the end."""
+        return max(1, self.requests_per_slot - 2)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The next level to run."""
+
+    kind: LevelKind
+    concurrency: int
+    requests: int
+    stance: Stance
+    may_stop_early: bool = True
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Between the highest PASS and the lowest level above it that did not pass."""
+
+    low: Point | None
+    high: Point | None
+    """A FAIL, or a level that stayed INVALID."""
+
+    def closed(self, resolution: float) -> bool:
+        if self.low is None or self.high is None:
+            return False
+        low, high = self.low.concurrency, self.high.concurrency
+        return high - low <= 1 or high <= low * (1 + resolution) * 1.0001
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The answer as it stands: a concurrency and the rule that binds there."""
+
+    concurrency: int
+    binding: str
+    gain: GainEstimate | None
+
+
+def bracket_of(points: Sequence[Point]) -> Bracket:
+    """A resolved FAIL below a PASS stands (after both were run again): the answer is below it."""
+    failing = [p for p in points if p.verdict is Verdict.FAIL]
+    high = failing[0] if failing else None
+    passing = [p for p in points if p.verdict is Verdict.PASS and (high is None or p.concurrency < high.concurrency)]
+    low = passing[-1] if passing else None
+    if high is None:
+        void = [p for p in points if p.verdict is Verdict.INVALID and (low is None or p.concurrency > low.concurrency)]
+        high = void[0] if void else None
+    return Bracket(low, high)
+
+
+def candidate_of(points: Sequence[Point], settings: SearchSettings) -> Candidate | None:
+    """The answer that the points support now; None where nothing passed."""
+    bracket = bracket_of(points)
+    if bracket.low is None:
+        return None
+    gain = binding_gain(points, bracket, settings)
+    if gain is not None:
+        return Candidate(max(1, round_line(gain.line)), "gain", gain)
+    binding = "ladder" if bracket.high is None else _binding(bracket.high)
+    return Candidate(bracket.low.concurrency, binding, None)
+
+
+def _binding(high: Point) -> str:
+    return "client" if high.verdict is Verdict.INVALID else high.rule
+
+
+def round_line(line: float) -> int:
+    """A gain line as whole slots: to the nearest, as its interval is wider than that anyway."""
+    return max(1, round(line))
+
+
+def binding_gain(points: Sequence[Point], bracket: Bracket, settings: SearchSettings) -> GainEstimate | None:
+    """The gain line where it lies below the hard line; None where it does not bind."""
+    assert bracket.low is not None, "a gain line needs a level that passed"
+    low = bracket.low.concurrency
+    curve = Curve.of([p for p in points if p.verdict is Verdict.PASS or p.throughput])
+    if bracket.high is None:
+        estimate = curve.gain(settings.rules.min_gain)
+    else:
+        estimate = curve.gain_under_line(settings.rules.min_gain)
+    if estimate is None or not estimate.reached or round_line(estimate.line) > low:
+        return None
+    return estimate if bracket.high is not None or round_line(estimate.line) < low else None
+
+
+def ask(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
+    """The next level, or None when the search is over. ``points`` in ascending order."""
+    steps = (_again, _climb, _narrow, _refine_gain, _prove_high, _confirm, _recommended)
+    return next((wanted for step in steps if (wanted := step(points, settings)) is not None), None)
+
+
+def _again(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
+    """Run once more what may be an accident: INVALID, a failing first level, a FAIL below a PASS."""
+    for point in points:
+        if point.verdict is Verdict.INVALID and point.runs < 2:
+            return _ladder(point.concurrency, settings, "the generator was late: once more")
+    bracket = bracket_of(points)
+    if bracket.high is None:
+        return None
+    if bracket.low is None and bracket.high.runs < 2 and bracket.high.verdict is Verdict.FAIL:
+        return _ladder(bracket.high.concurrency, settings, "the first level failed: once more, it may have been cold")
+    above = [p for p in points if p.verdict is Verdict.PASS and p.concurrency > bracket.high.concurrency]
+    for point in (bracket.high, *above[-1:]):
+        if above and point.runs < 2:
+            return _confirming(point.concurrency, settings, "a failing level lies below a passing one: both once more")
+    return None
+
+
+def _ladder(concurrency: int, settings: SearchSettings, why: str) -> Ask:
+    base = settings.ladder_requests * concurrency
+    requests = requests_for(Stance.EXPLORE, concurrency, base, settings.rules, settings.streams)
+    return Ask(LevelKind.LADDER, concurrency, requests, Stance.EXPLORE, why=why)
+
+
+def _confirming(concurrency: int, settings: SearchSettings, why: str, have: int = 0) -> Ask:
+    needed = requests_for(Stance.CONFIRM, concurrency, 0, settings.rules, settings.streams)
+    requests = max(needed - have, BRACKET_REQUESTS * concurrency)
+    return Ask(LevelKind.CONFIRM, concurrency, requests, Stance.CONFIRM, why=why)
+
+
+def _climb(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
+    """The next level of the ladder, while nothing failed and doubling still pays."""
+    if bracket_of(points).high is not None or _doubling_stopped_paying(points, settings):
+        return None
+    known = {point.concurrency for point in points}
+    following = next((level for level in settings.ladder if level not in known), None)
+    top = points[-1].concurrency if points else 0
+    if following is None or following < top:
+        return None
+    return _ladder(following, settings, "the next level of the ladder")
+
+
+def _doubling_stopped_paying(points: Sequence[Point], settings: SearchSettings) -> bool:
+    """One level is looked ahead where the line is low or the curve is short: 1 → 2 often dips."""
+    curve = Curve.of(points)
+    estimate = curve.gain(settings.rules.min_gain)
+    if estimate is None or not estimate.reached:
+        return False
+    if estimate.line >= 16 and len(curve.ns) >= 4:
+        return True
+    earlier = Curve(curve.ns[:-1], curve.xs[:-1], curve.ses[:-1])
+    before = earlier.gain(settings.rules.min_gain)
+    return before is not None and before.reached
+
+
+def _narrow(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
+    """Inside the bracket, unless the gain line is already known to lie below it."""
+    bracket = bracket_of(points)
+    low, high = bracket.low, bracket.high
+    if low is None or high is None or bracket.closed(settings.rules.resolution):
+        return None
+    gain = binding_gain(points, bracket, settings)
+    if gain is not None and gain.high < low.concurrency:
+        return None
+    inside = [p for p in points if low.concurrency < p.concurrency < high.concurrency]
+    if len(points) > len(settings.ladder) + MAX_BISECTIONS:
+        return None
+    target = _next_inside(low, high, settings)
+    if any(p.concurrency == target for p in inside):
+        return None
+    return _bracket_ask(target, low, high, settings)
+
+
+def _next_inside(low: Point, high: Point, settings: SearchSettings) -> int:
+    bottom, top = low.concurrency, high.concurrency
+    guess = _guess(low, high, settings.rules.resolution)
+    return min(max(round(guess), bottom + 1), top - 1)
+
+
+def _guess(low: Point, high: Point, resolution: float) -> float:
+    bottom, top = low.concurrency, high.concurrency
+    if high.refuted:
+        return top / (1 + resolution)
+    if high.accepted and bottom <= high.accepted < top and high.rule == "success":
+        # The server itself said where its limit is: how much it was working on while it refused the rest.
+        line = high.accepted
+        return line if line > bottom else bottom * (1 + resolution)
+    crossing = _secant(low, high)
+    if crossing is None:
+        power = 0.75 if high.rule.split(":")[0] in _CHEAP_RULES else 0.6
+        return float(bottom * (top / bottom) ** power)
+    # Just below the crossing closes the bracket from one side; where that is known already, just above it.
+    below, above = crossing * (1 - resolution / 2), crossing * (1 + resolution / 2)
+    step = 1 + resolution / 2
+    if below > bottom * step:
+        return min(below, top / step)
+    return min(max(above, bottom * step), bottom * (1 + resolution))
+
+
+def _secant(low: Point, high: Point) -> float | None:
+    """Where pressure on the failing rule crosses its limit, on the log–log line between the two ends."""
+    p_low, p_high = (low.pressure or {}).get(high.rule), (high.pressure or {}).get(high.rule)
+    if p_low is None or p_high is None or not p_low < 1 < p_high:
+        return None
+    ratio = high.concurrency / low.concurrency
+    return float(low.concurrency * ratio ** (math.log(1 / p_low) / math.log(p_high / p_low)))
+
+
+def _bracket_ask(target: int, low: Point, high: Point, settings: SearchSettings) -> Ask:
+    resolution = settings.rules.resolution
+    would_close = high.concurrency <= target * (1 + resolution) * 1.0001 or high.concurrency - target <= 1
+    likely_bound = target <= low.concurrency * (1 + resolution) * 1.0001
+    base = BRACKET_REQUESTS * target
+    if would_close:
+        # Passing, it is the answer: its confirmation is cheaper now than in a level of its own.
+        base = requests_for(Stance.CONFIRM, target, base, settings.rules, settings.streams)
+    why = f"between {low.concurrency} that held and {high.concurrency} that did not"
+    return Ask(LevelKind.BISECT, target, base, Stance.EXPLORE, not likely_bound, why)
+
+
+def _refine_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
+    """Measure half an octave to each side of the gain line: that is where it is read from."""
+    candidate = candidate_of(points, settings)
+    if candidate is None or candidate.gain is None:
+        return None
+    bracket = bracket_of(points)
+    curve = Curve.of(points)
+    off_ladder = sum(1 for point in points if point.concurrency not in settings.ladder)
+    if curve.is_settled(candidate.gain, settings.rules.resolution) or off_ladder >= MAX_GAIN_LEVELS:
+        return None
+    ceiling = bracket.high.concurrency if bracket.high is not None else math.inf
+    known = {point.concurrency for point in points}
+    line = candidate.gain.line
+    for target in (round(line * math.sqrt(2)), max(1, round(line / math.sqrt(2)))):
+        if target < ceiling and target not in known and not curve.near(target, settings.rules.resolution / 2):
+            why = f"half an octave beside the gain line near {round(line)}"
+            return Ask(LevelKind.BISECT, target, BRACKET_REQUESTS * target, Stance.EXPLORE, why=why)
+    return None
+
+
+def _prove_high(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
+    """The final upper bound must not rest on an early stop."""
+    candidate = candidate_of(points, settings)
+    high = bracket_of(points).high
+    if candidate is None or candidate.gain is not None or high is None or high.full or high.runs > 2:
+        return None
+    if high.verdict is not Verdict.FAIL:
+        return None
+    requests = BRACKET_REQUESTS * high.concurrency
+    why = "it failed early and is now the upper bound: once more in full"
+    return Ask(LevelKind.BISECT, high.concurrency, requests, Stance.EXPLORE, False, why)
+
+
+def _confirm(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
+    """Ten requests a slot at the answer itself."""
+    candidate = candidate_of(points, settings)
+    if candidate is None:
+        return None
+    here = next((p for p in points if p.concurrency == candidate.concurrency), None)
+    have = here.requests if here is not None else 0
+    needed = requests_for(Stance.CONFIRM, candidate.concurrency, 0, settings.rules, settings.streams)
+    if have >= needed or (here is not None and here.runs > MAX_STEPS_DOWN):
+        return None
+    return _confirming(candidate.concurrency, settings, "the answer's own level", have)
+
+
+def _recommended(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
+    """The level that will be written into limits.toml."""
+    candidate = candidate_of(points, settings)
+    if candidate is None:
+        return None
+    target = recommend(candidate.concurrency, settings.headroom)
+    here = next((p for p in points if p.concurrency == target), None)
+    if here is not None and here.throughput is not None:
+        return None
+    if here is not None and here.runs > 1:
+        return None
+    return Ask(
+        LevelKind.CONFIRM,
+        target,
+        BRACKET_REQUESTS * target,
+        Stance.CONFIRM,
+        False,
+        "the recommended level, to measure it",
+    )

@@ -1,0 +1,413 @@
+"""One connection to the server, driven by the loop's readers and writers.
+
+Theory of operation. A connection lives through CONNECTING → (HANDSHAKE →) READY → CLOSED and carries at most one call.
+It is opened for a call and writes that call's request as soon as it is READY; from then on the reader stays armed, so
+that a server closing an idle connection is noticed at once. A request is written directly to the socket; what the
+socket does not take waits for the writer. A failed write decides nothing: the reader finds out how the server ended
+the connection, because a reply (413, 429) may already be waiting. Each way a call can end leads to exactly one of the
+owner's ``finished`` (complete reply), ``failed``, or ``stale`` (a reused connection that was closed before it answered
+anything: the keep-alive race, which is no failure of the server).
+"""
+
+import asyncio
+import enum
+import errno
+import os
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import httptools
+
+from loadstone.core.target import Break, Exchange
+from loadstone.wire.origin import Address, Origin
+from loadstone.wire.reply import ReplyReader
+from loadstone.wire.stamps import Receiver
+from loadstone.wire.tls import TlsLayer, describe
+
+_CLOSE_WITH_RESET = struct.pack("ii", 1, 0)
+_OURS = {
+    errno.EMFILE: "this machine: too many open files for this process (raise ulimit -n)",
+    errno.ENFILE: "this machine: too many open files in the system (raise fs.file-max)",
+    errno.EADDRNOTAVAIL: "this machine: no local port left (widen net.ipv4.ip_local_port_range)",
+    errno.ENOBUFS: "this machine: no buffer space for another socket",
+    errno.ENOMEM: "this machine: no memory for another socket",
+}
+_HELD_BACK_BYTES = 16_384
+"""Unread bytes from which on the server may have been waiting for us: receive windows start at some 64 KiB."""
+
+
+class State(enum.Enum):
+    CONNECTING = "connecting"
+    HANDSHAKE = "handshake"
+    READY = "ready"
+    CLOSED = "closed"
+
+
+class Call:
+    """An exchange under way: its request's bytes, whom to tell, and until when."""
+
+    __slots__ = ("connection", "data", "deadline_ns", "done", "exchange", "overdue", "started_ns")
+
+    def __init__(self, exchange: Exchange, data: bytes, done: Callable[[Exchange], None]) -> None:
+        self.exchange = exchange
+        self.data = data
+        self.done = done
+        self.connection: Connection | None = None
+        self.started_ns = 0
+        self.deadline_ns = 0
+        self.overdue = False
+        """The deadline has passed: only bytes that had come by then still count."""
+
+
+class Owner(Protocol):
+    """Whom a connection tells. Each is called with the connection already free (``finished``) or closed."""
+
+    def finished(self, connection: "Connection", call: Call) -> None: ...
+    def failed(self, call: Call, broken: Break, error: str) -> None: ...
+    def stale(self, call: Call) -> None: ...
+    def lost(self, connection: "Connection") -> None: ...
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What all connections of a client share."""
+
+    loop: asyncio.AbstractEventLoop
+    origin: Origin
+    addresses: list[Address]
+    """In the order to try them; the one that last worked is moved to the front."""
+    tls: ssl.SSLContext | None
+    receiver: Receiver
+
+
+class Connection:
+    """See the theory of operation above."""
+
+    __slots__ = (
+        "_call",
+        "_owner",
+        "_reply",
+        "_reused",
+        "_silent",
+        "_sock",
+        "_tls",
+        "_tries",
+        "_unsent",
+        "_wire",
+        "state",
+    )
+
+    def __init__(self, wire: Wire, owner: Owner) -> None:
+        self._wire = wire
+        self._owner = owner
+        self._reply = ReplyReader()
+        self._tls: TlsLayer | None = None
+        self._call: Call | None = None
+        self._unsent = b""
+        self._tries = iter(tuple(wire.addresses))
+        self._reused = False
+        self._silent = True
+        self._sock: socket.socket | None = None
+        self.state = State.CONNECTING
+
+    def __repr__(self) -> str:
+        return f"<Connection {self._wire.origin.netloc} {self.state.value}{' busy' if self._call else ''}>"
+
+    # -- opening
+
+    def open(self, call: Call) -> None:
+        """Connect, then send ``call``. Failures are told later, never from within."""
+        self._call = call
+        call.connection = self
+        self._try_next(None)
+
+    def _try_next(self, failure: OSError | None) -> None:
+        for family, address in self._tries:
+            try:
+                self._dial(family, address)
+            except OSError as error:
+                self._drop_socket()
+                failure = error
+                if error.errno in _OURS:
+                    break
+            else:
+                return
+        self._wire.loop.call_soon(self._give_up, failure)
+
+    def _dial(self, family: socket.AddressFamily, address: object) -> None:
+        sock = self._sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._wire.receiver.prepare(sock)
+        code = sock.connect_ex(address)  # type: ignore[arg-type]
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+        self._wire.loop.add_writer(sock.fileno(), self._on_connected, family, address)
+
+    def _give_up(self, failure: OSError | None) -> None:
+        if self.state is State.CONNECTING:
+            self._fail(*_why_no_connection(failure, self._wire.origin.netloc))
+
+    def _on_connected(self, family: socket.AddressFamily, address: object) -> None:
+        wire, sock = self._wire, self._socket()
+        wire.loop.remove_writer(sock.fileno())
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._drop_socket()
+            self._try_next(OSError(code, os.strerror(code)))
+            return
+        if wire.addresses[0] != (family, address):
+            wire.addresses.remove((family, address))
+            wire.addresses.insert(0, (family, address))
+        if wire.tls is None:
+            self._ready()
+            wire.loop.add_reader(sock.fileno(), self._read)
+        else:
+            self.state = State.HANDSHAKE
+            self._tls = TlsLayer(wire.tls, wire.origin.host)
+            wire.loop.add_reader(sock.fileno(), self._read)
+            self._shake_hands(b"")
+
+    def _shake_hands(self, received: bytes | memoryview) -> bool:
+        """Go on with the handshake; True once the connection is ready."""
+        tls = self._tls
+        assert tls is not None
+        try:
+            established = tls.handshake(received)
+        except ssl.SSLError as error:
+            self._write(tls.pending())
+            self._fail(Break.TLS, describe(error))
+            return False
+        self._write(tls.pending())
+        if established:
+            self._ready()
+        return established
+
+    def _ready(self) -> None:
+        self.state = State.READY
+        call = self._call
+        assert call is not None
+        call.exchange.connect_ns = time.monotonic_ns() - call.started_ns
+        self.send(call)
+
+    # -- writing
+
+    def send(self, call: Call) -> None:
+        """Send ``call`` on this connection, which is ready and has none."""
+        self._call = call
+        call.connection = self
+        self._silent = True
+        self._reply.begin(call.exchange)
+        data = call.data if self._tls is None else self._tls.encrypt(call.data)
+        call.exchange.sent_ns = time.monotonic_ns()
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        if self._unsent:
+            self._unsent += data
+        elif data:
+            self._push(data)
+
+    def _on_writable(self) -> None:
+        self._push(self._unsent)
+
+    def _push(self, data: bytes) -> None:
+        """Send what the socket takes, keep the rest for the writer."""
+        assert self._sock is not None
+        try:
+            sent = self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            if error.errno in _OURS:
+                self._wire.loop.call_soon(self._fail_call, self._call, _OURS[error.errno])
+            self._reply.reusable = False
+            sent = len(data)
+        if sent < len(data):
+            if not self._unsent:
+                self._wire.loop.add_writer(self._sock.fileno(), self._on_writable)
+            self._unsent = data[sent:]
+        elif self._unsent:
+            self._unsent = b""
+            self._wire.loop.remove_writer(self._sock.fileno())
+
+    def _fail_call(self, call: Call | None, error: str) -> None:
+        if call is not None and self._call is call:
+            self._fail(Break.CLIENT, error)
+
+    # -- reading
+
+    def _read(self) -> int:
+        """Read once; the bytes read, 0 where nothing waits or the connection has ended."""
+        receiver = self._wire.receiver
+        assert self._sock is not None
+        try:
+            size = receiver.receive(self._sock)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            self._on_end(error)
+            return 0
+        if size == 0:
+            self._on_end(None)
+            return 0
+        data: bytes | memoryview = receiver.view[:size]
+        if self._tls is None:
+            self._take(data, receiver.stamp_ns, receiver.lag_ns)
+        else:
+            self._take_ciphertext(self._tls, data, receiver.stamp_ns, receiver.lag_ns)
+        return size
+
+    def _take_ciphertext(self, tls: TlsLayer, data: bytes | memoryview, stamp_ns: int, lag_ns: int) -> None:
+        if self.state is State.HANDSHAKE:
+            if not self._shake_hands(data):
+                return
+            data = b""
+        try:
+            plain = tls.decrypt(data)
+        except ssl.SSLError as error:
+            self._fail(Break.TLS, describe(error))
+            return
+        self._write(tls.pending())
+        if plain:
+            self._take(plain, stamp_ns, lag_ns)
+        if tls.ended and self.state is State.READY:
+            self._on_end(None)
+
+    def _take(self, data: bytes | memoryview, stamp_ns: int, lag_ns: int) -> None:
+        call, reply = self._call, self._reply
+        if call is None:  # a server that speaks unasked (408, then close) ends the connection
+            self._abandon()
+            return
+        self._silent = False
+        exchange = call.exchange
+        if lag_ns > exchange.lag_ns:
+            exchange.lag_ns = lag_ns
+        malformed = ""
+        try:
+            reply.feed(data)
+        except httptools.HttpParserUpgrade:
+            malformed = "switched protocols unasked"
+        except httptools.HttpParserError as error:
+            malformed = str(error)
+        parts = reply.parts
+        if parts:
+            exchange.log.append(stamp_ns, parts[0] if len(parts) == 1 else b"".join(parts))
+            parts.clear()
+        if reply.complete:
+            if malformed:
+                reply.reusable = False
+            self._finish(call, stamp_ns)
+        elif malformed:
+            self._fail(Break.MALFORMED, f"the reply is not HTTP/1.1: {malformed}")
+
+    def _on_end(self, error: OSError | None) -> None:
+        call, reply = self._call, self._reply
+        if call is None:
+            self._abandon()
+        elif self.state is State.HANDSHAKE:
+            self._fail(Break.TLS, "TLS failed: the server closed the connection during the handshake")
+        elif error is None and reply.ends_with_connection:
+            reply.reusable = False
+            self._finish(call, call.exchange.log.last_ns() or time.monotonic_ns())
+        elif self._silent and self._reused:
+            self.close()
+            self._owner.stale(call)
+        else:
+            self._fail(Break.DISCONNECT, _how_it_ended(error, call.exchange.status, self._silent))
+
+    # -- ending
+
+    def _finish(self, call: Call, stamp_ns: int) -> None:
+        if call.overdue and stamp_ns > call.deadline_ns:
+            if self._wire.receiver.kernel_stamps:
+                self._fail(Break.TIMEOUT, "")
+            else:
+                self._fail(Break.CLIENT, "bytes waited unread past the time-out")
+            return
+        self._call = None
+        self._reused = True
+        call.exchange.end_ns = stamp_ns
+        if self._unsent or not self._reply.reusable:
+            self.close()
+        self._owner.finished(self, call)
+
+    def expire(self, call: Call) -> None:
+        """The deadline of ``call`` has passed: read what waits, then say whose time-out it is.
+
+        All that the server had sent is in hand once the socket is empty, so an incomplete reply is the server's
+        time-out, unless so much had waited unread that the server may have been held back by us.
+        """
+        call.overdue = True
+        waited = 0
+        while self.state is State.READY and self._call is call:
+            size = self._read()
+            if not size:
+                break
+            waited += size
+        if self._call is not call:
+            return
+        if waited >= _HELD_BACK_BYTES:
+            self._fail(Break.CLIENT, "bytes waited unread past the time-out")
+        else:
+            self._fail(Break.TIMEOUT, "" if self.state is State.READY else self._no_connection_yet())
+
+    def _fail(self, broken: Break, error: str) -> None:
+        call = self._call
+        assert call is not None
+        self.abort()
+        self._owner.failed(call, broken, error)
+
+    def _abandon(self) -> None:
+        self.close()
+        self._owner.lost(self)
+
+    def abort(self) -> None:
+        """As ``close``, with a reset, so that the server stops at once."""
+        if self._sock is not None:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_WITH_RESET)
+        self.close()
+
+    def close(self) -> None:
+        """Close; the call, if any, is told nothing."""
+        self.state = State.CLOSED
+        self._call = None
+        self._unsent = b""
+        self._drop_socket()
+
+    def _drop_socket(self) -> None:
+        if self._sock is not None:
+            self._wire.loop.remove_reader(self._sock.fileno())
+            self._wire.loop.remove_writer(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
+
+    def _no_connection_yet(self) -> str:
+        what = "TLS handshake" if self.state is State.HANDSHAKE else "connection"
+        return f"no {what} with {self._wire.origin.netloc} within the time-out"
+
+    def _socket(self) -> socket.socket:
+        assert self._sock is not None
+        return self._sock
+
+
+def _why_no_connection(error: OSError | None, netloc: str) -> tuple[Break, str]:
+    code = error.errno if error is not None else None
+    if code in _OURS:
+        return Break.CLIENT, _OURS[code]
+    if code == errno.ECONNREFUSED:
+        return Break.CONNECT, f"connection refused by {netloc}"
+    reason = error.strerror if error is not None else "no address"
+    return Break.CONNECT, f"no connection to {netloc}: {(reason or 'unknown error').lower()}"
+
+
+def _how_it_ended(error: OSError | None, status: int, silent: bool) -> str:
+    how = "the server reset the connection" if error is not None else "the server closed the connection"
+    if silent:
+        return f"{how} before it answered"
+    return f"{how} in the middle of the {'reply' if status else 'response head'}"

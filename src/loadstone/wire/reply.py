@@ -1,0 +1,72 @@
+"""One HTTP/1.1 response after another, from bytes, into exchanges. No sockets here.
+
+httptools finds the end of a response, with three gaps that are closed here: it reports an interim response (100, 103)
+as a complete message, does not finish a response that the end of the connection delimits, and says nothing of bytes
+that follow a complete response.
+"""
+
+import httptools
+
+from loadstone.core.target import Exchange
+
+_KEPT = frozenset({b"content-type", b"retry-after", b"server", b"x-loadstone-reason"})
+
+
+class ReplyReader:
+    """Fills in status and headers of the current exchange; body bytes gather in ``parts``, the caller's to take.
+
+    Raises ``httptools.HttpParserError`` from ``feed`` where the bytes are not HTTP/1.1.
+    """
+
+    __slots__ = ("_exchange", "_framed", "_parser", "complete", "feed", "on_body", "parts", "reusable")
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.on_body = self.parts.append
+        self._exchange: Exchange | None = None
+        self._framed = False
+        self.complete = True
+        self.reusable = True
+        """False once the server wants the connection closed, or has sent what nobody asked for."""
+        self._parser = httptools.HttpResponseParser(self)
+        self.feed = self._parser.feed_data
+
+    def begin(self, exchange: Exchange) -> None:
+        """The next response belongs to ``exchange``."""
+        self._exchange = exchange
+        self._framed = False
+        self.complete = False
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """The head is there and gives no length: the end of the connection is the end of the body."""
+        return not self.complete and not self._framed and self._exchange is not None and self._exchange.status != 0
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            self.reusable = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        key = name.lower()
+        if key in _KEPT:
+            if self._exchange is not None and not self.complete:
+                self._exchange.headers[key] = value
+        elif key == b"content-length" or (key == b"transfer-encoding" and b"chunked" in value.lower()):
+            self._framed = True
+
+    def on_headers_complete(self) -> None:
+        status: int = self._parser.get_status_code()
+        if status >= 200 and self._exchange is not None and not self.complete:
+            self._exchange.status = status
+
+    def on_message_complete(self) -> None:
+        if self.complete or self._exchange is None:
+            return
+        if self._exchange.status == 0:  # an interim response: the real one follows
+            self._exchange.headers.clear()
+            self._framed = False
+            return
+        self.complete = True
+        if not self._parser.should_keep_alive():
+            self.reusable = False
+        self._exchange = None
