@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import tomli_w
@@ -17,21 +18,20 @@ from loadstone.core.verdict import (
     Verdict,
 )
 
-FACTS = {
+FACTS: dict[str, Any] = {
     "command": "loadstone find --base-url http://127.0.0.1:8001 --model Qwen/Qwen3-8B --out runs/example",
     "created_at": "2026-11-20T10:00:00Z",
     "loadstone": "0.1.0",
     "python": "3.11.9",
     "machine": "x86_64, 16 cores",
     "settings": {
-        "max_ttft_ms": 1000.0,
-        "ttft_stat": "mean",
-        "min_success": 0.95,
-        "levels": [1, 2, 5, 10],
-        "quiet": False,
+        "server": {"base_url": "http://127.0.0.1:8001", "endpoint": "chat", "model": "", "header": []},
+        "data": {"dataset_name": "random", "random_input_len": 512, "random_output_len": 128, "seed": 0},
+        "rules": {"min_success": 0.95, "max_ttft_ms": 1000.0, "ttft_stat": "mean", "max_e2el_ms": 0.0},
+        "ladder": {"levels": "1,2,5,10,20,50,100,200,500,1000"},
     },
-    "workload": {"dataset_name": "random", "random_input_len": 512, "random_output_len": 128, "seed": 0},
-    "server": {"model": "Qwen/Qwen3-8B", "endpoint": "chat", "base_url": "http://127.0.0.1:8001", "engine": "vllm"},
+    "workload": {"notes": ["lengths calibrated from the server's usage"]},
+    "server": {"base_url": "http://127.0.0.1:8001", "model": "Qwen/Qwen3-8B", "endpoint": "chat", "first_e2el_s": 2.31},
 }
 
 

@@ -1,5 +1,7 @@
 """What the charts show, and the axes they stand on."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -9,12 +11,12 @@ import report_runs as runs
 from loadstone.core.verdict import RunVerdict, Verdict
 from loadstone.report.axis import linear_axis, log_axis
 from loadstone.report.charts import Chart, charts
+from loadstone.report.folder import Run
 from loadstone.report.plots import picture
 
 
 def drawn(verdict: RunVerdict) -> dict[str, Chart]:
-    settings = runs.FACTS["settings"]
-    return {chart.key: chart for chart in charts(verdict, settings.get)}
+    return {chart.key: chart for chart in charts(verdict, Run(Path("run"), verdict, runs.FACTS).fact)}
 
 
 def test_a_streaming_run_has_the_four_panels_with_every_line_drawn_in() -> None:
@@ -51,7 +53,10 @@ def test_efficiency_is_throughput_for_each_slot_with_its_band() -> None:
 
 
 def test_without_a_stream_the_end_to_end_latency_takes_their_place() -> None:
-    assert list(drawn(runs.single())) == ["throughput", "efficiency", "e2el"]
+    panels = drawn(runs.single())
+    assert list(panels) == ["throughput", "efficiency", "e2el"]
+    assert panels["e2el"].limit is not None
+    assert panels["e2el"].limit.value == 1000
 
 
 def test_nothing_to_draw() -> None:
@@ -110,7 +115,7 @@ def test_an_axis_of_zeros_is_still_an_axis() -> None:
 
 @pytest.mark.parametrize("name", runs.RUNS)
 def test_the_picture_is_a_png_whatever_the_run_and_its_model_are_called(name: str) -> None:
-    png = picture(charts(runs.RUNS[name](), runs.FACTS["settings"].get), "$模型$ <b>·</b> line_{1")
+    png = picture(list(drawn(runs.RUNS[name]()).values()), "$模型$ <b>·</b> line_{1")
     assert png.startswith(b"\x89PNG")
     assert int.from_bytes(png[16:20]) == 2100
 

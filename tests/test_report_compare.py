@@ -93,11 +93,13 @@ def test_a_run_that_judged_nothing_cannot_be_compared() -> None:
 
 
 def test_unlike_conditions_and_lower_bounds_are_said() -> None:
-    facts = {**runs.FACTS, "workload": {**runs.FACTS["workload"], "random_input_len": 1024}, "python": "3.12"}
+    settings = {**runs.FACTS["settings"], "data": {**runs.FACTS["settings"]["data"], "random_input_len": 1024}}
+    server = {**runs.FACTS["server"], "first_e2el_s": 9.9}
+    facts = {**runs.FACTS, "settings": settings, "server": server, "python": "3.12"}
     a, b = Run(Path("a"), runs.vllm_like(), runs.FACTS), Run(Path("b"), runs.single(), facts)
     assert compare(a, b, tolerance=0.05).caveats == [
         "B's line is a lower bound: the search ended at 36 unbroken.",
-        "workload.random_input_len differs: 512 in A, 1024 in B.",
+        "settings.data.random_input_len differs: 512 in A, 1024 in B.",
     ]
 
 

@@ -97,7 +97,7 @@ def test_text_from_the_run_cannot_become_markup(tmp_path: Path) -> None:
         **runs.FACTS,
         "command": evil,
         "server": {"model": evil, evil: evil},
-        "settings": {"ttft_stat": evil, "max_ttft_ms": 9},
+        "settings": {"rules": {"ttft_stat": evil, "max_ttft_ms": 9}},
     }
     verdict = msgspec.structs.replace(runs.troubled(), claim=evil, binding=evil, notes=[evil])
     folder = runs.write_run(tmp_path / "run", verdict, facts)

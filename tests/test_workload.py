@@ -214,7 +214,7 @@ def test_levels_go_on_where_the_last_one_ended(tmp_path: Path) -> None:
     assert prompts == ["p0", "p1", "p2", "p3", "p0"]
     assert not workload.notes
     assert body_of(workload, 4, 7)["prompt"] == "p1"
-    assert "1.2 times" in workload.notes[0]
+    assert "(10) were repeated for 12 requests" in workload.notes[0]
 
 
 def test_shuffled_by_seed(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ async def _measure(settings: BenchSettings, setup: "Setup") -> "tuple[Setup, Pla
     from loadstone.measure.probe import first_model, when_ready
     from loadstone.wire.client import connect_target
     from loadstone.wire.clock import MonotonicClock
-    from loadstone.wire.rlimit import raise_open_files
+    from loadstone.wire.process import paused_gc, raise_open_files
 
     raise_open_files()
     clock = MonotonicClock(asyncio.get_running_loop())
@@ -94,9 +94,14 @@ async def _measure(settings: BenchSettings, setup: "Setup") -> "tuple[Setup, Pla
             settings.ready_check_timeout_sec,
         )
         notes = [*setup.notes, *prepared.notes]
+        if prepared.probe.through_gate:
+            notes.append("a Loadstone gate answers: its limits are part of what is measured")
         if not settings.quiet:
             _say(notes)
-        with _progress(setup.plan.num_prompts, shown=not (settings.disable_tqdm or settings.quiet)) as on_done:
+        with (
+            paused_gc(),
+            _progress(setup.plan.num_prompts, shown=not (settings.disable_tqdm or settings.quiet)) as on_done,
+        ):
             played = await run_bench(
                 target, clock, prepared.workload, setup.endpoint, setup.plan, setup.tokenizer, on_done
             )

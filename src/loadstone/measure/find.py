@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -33,6 +33,7 @@ from loadstone.measure.runner import LevelResult, LevelRunner, RunnerSettings
 from loadstone.measure.runs import RunFolder
 from loadstone.measure.search import SearchSettings
 from loadstone.measure.server import Server
+from loadstone.measure.steady import LevelData
 from loadstone.measure.telemetry import Telemetry
 from loadstone.measure.tokens import load_tokenizer
 from loadstone.measure.vllm_result import ResultSettings, vllm_result
@@ -175,24 +176,26 @@ async def _warm_up(server: Server, endpoint: Endpoint, prepared: Prepared) -> Re
 async def find(
     server: Server,
     settings: FindSettings,
-    folder: RunFolder,
+    open_folder: Callable[[str], RunFolder],
     watcher: Watcher,
     *,
     command: str,
     admin: bool = False,
-    resume: bool = False,
+    earlier: Sequence[LevelData] = (),
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> RunVerdict:
     """Search until the line is found; everything measured is on disk as soon as it stands.
 
-    Raises LoadstoneError where nothing can be measured; cancelled, it leaves a run that reads and resumes.
+    ``open_folder`` gives the run's folder once the server has answered, by the model's name; ``earlier`` are the
+    levels that stand in it already. Raises LoadstoneError where nothing can be measured; cancelled, it leaves a run
+    that reads and resumes.
     """
     search_settings(settings.rules, settings.ladder, True)
-    earlier = folder.levels() if resume else []
     used_rows = sum(len(level.records) for level in earlier)
     ready = await make_ready(server, settings, watcher, admin=admin, used_rows=used_rows)
     search = search_settings(settings.rules, settings.ladder, ready.rehearsal.streams)
-    if not resume:
+    folder = open_folder(ready.model)
+    if not earlier:
         folder.write_run(run_document(settings, ready, command, now()))
     book = RunBook(search, earlier)
     runner = _runner(server, settings, ready, search, watcher, admin)
@@ -217,6 +220,7 @@ async def _search(
             requests=wanted.requests,
             stance=wanted.stance,
             may_stop_early=wanted.may_stop_early,
+            window_times=wanted.window_times,
         )
         watcher.note(f"{wanted.concurrency}: {wanted.why}")
         result = await runner.run(plan)

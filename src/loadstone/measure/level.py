@@ -20,7 +20,6 @@ from loadstone.measure.early import Latency, View
 from loadstone.measure.rules import Stance
 
 WARMUP_TIMES = 2
-WINDOW_TIMES = 5
 WINDOW_MIN_NS = 2_000_000_000
 HUNG_TIMES = 10
 HUNG_MIN_NS = 10_000_000_000
@@ -37,6 +36,8 @@ class LevelPlan:
     """To be judged, at first."""
     stance: Stance
     may_stop_early: bool = True
+    window_times: int = 5
+    """Least length of the window in mean request times; less where the level only adds to an earlier one."""
 
 
 class Phase(enum.Enum):
@@ -139,18 +140,25 @@ class LevelState:
         hung = age_ns >= max(HUNG_TIMES * self.mean_ns, HUNG_MIN_NS)
         if (every_slot and age_ns >= WARMUP_TIMES * self.expected_ns) or hung:
             self.w0_ns = now_ns
-            self._first_judged = len(self.exchanges)
+            self._first_judged = self._first_sent_at(now_ns)
             self.phase = Phase.JUDGING
+
+    def _first_sent_at(self, now_ns: int) -> int:
+        first = len(self.exchanges)
+        while first and self.exchanges[first - 1].sent_ns >= now_ns:
+            first -= 1
+        return first
 
     def _maybe_close(self, now_ns: int) -> None:
         length_ns = now_ns - self.w0_ns
-        long_enough = length_ns >= max(WINDOW_TIMES * self.mean_ns, WINDOW_MIN_NS)
+        long_enough = length_ns >= max(self.plan.window_times * self.mean_ns, WINDOW_MIN_NS)
         if self._out_of_time(now_ns):
             self.ran_out = True
         elif self.sent < self.planned or not long_enough:
             return
         self._judged_count = self.sent
-        self.w1_ns = now_ns
+        # What is sent at this very moment has been counted.
+        self.w1_ns = now_ns + 1
         self._waiting = {exchange for exchange in self.judged if not exchange.done}
         self.phase = Phase.FOLLOWING
         self.tick(now_ns)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from loadstone.core.records import Outcome
 from loadstone.core.verdict import Verdict
 from loadstone.measure.early import certain_failure, view_of
-from loadstone.measure.rules import Judgement, Rules, Stance, judge
+from loadstone.measure.rules import Judgement, Rules, Stance, judge, resource_findings
 from loadstone.measure.steady import LevelData, Summary, Throughput, summarise
 
 
@@ -44,9 +44,13 @@ def judge_level(level: LevelData, rules: Rules, stance: Stance) -> tuple[Summary
         return summary, judge(summary, rules, stance)
     if summary.client_failures:
         return summary, judge(summary, rules, stance)
-    failure = certain_failure(view_of(level), rules, level.meta.streams)
-    if failure is not None:
-        return summary, Judgement(failure.verdict, failure.rule, failure.reason, True, [failure])
+    findings = [finding for finding in resource_findings(summary, rules) if finding.verdict is Verdict.FAIL]
+    certain = certain_failure(view_of(level), rules, level.meta.streams)
+    if certain is not None:
+        findings.insert(0 if certain.rule == "success" else len(findings), certain)
+    if findings:
+        first = findings[0]
+        return summary, Judgement(first.verdict, first.rule, first.reason, True, findings)
     reason = f"{level.meta.stopped_early}; what was seen decides nothing under these rules"
     return summary, Judgement(Verdict.UNRESOLVED, "", reason, False, [])
 

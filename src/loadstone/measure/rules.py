@@ -114,7 +114,7 @@ def judge(summary: Summary, rules: Rules, stance: Stance = Stance.EXPLORE) -> Ju
     voided = _voided(summary)
     if voided is not None and success.verdict is not Verdict.FAIL:
         return Judgement(Verdict.INVALID, "client", voided.reason, True, [voided])
-    findings = [success, *_resources(summary, rules)]
+    findings = [success, *resource_findings(summary, rules)]
     for rule, metric, stat, limit_ms in rules.latency(summary.streams):
         findings.append(_threshold(rule, summary.metrics[metric], stat, limit_ms, stance))
     return _decide(findings, summary, rules, stance)
@@ -191,7 +191,7 @@ def _voided(summary: Summary) -> Finding | None:
     return None if reason is None else Finding("client", Verdict.INVALID, reason)
 
 
-def _resources(summary: Summary, rules: Rules) -> list[Finding]:
+def resource_findings(summary: Summary, rules: Rules) -> list[Finding]:
     server = summary.server
     checks: list[tuple[str, bool, str]] = []
     if server.kv_use is not None:

@@ -225,9 +225,11 @@ class LevelRunner:
 
     def _failure(self, state: LevelState, live: LiveView, now_ns: int) -> Finding | None:
         failure = certain_failure(live.view(now_ns), self._settings.rules, self._settings.streams)
-        if failure is not None and not state.plan.may_stop_early and failure.rule != "success":
-            return None
-        return failure
+        if failure is None or failure.rule == "success":
+            return failure
+        # Past the middle of its plan a level is cheaper finished than stopped now and run again in full.
+        worth_it = state.plan.may_stop_early and 2 * state.sent <= state.planned
+        return failure if worth_it else None
 
     async def _pause(self, for_ns: int) -> None:
         self._wake = asyncio.get_running_loop().create_future()

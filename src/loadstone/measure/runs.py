@@ -33,14 +33,23 @@ _RESULT = "result.json"
 T = TypeVar("T", bound=msgspec.Struct)
 
 
+def check_out(out: str) -> None:
+    """Raises UsageError where the folder ``out`` cannot be used; asks before anything is measured."""
+    path = Path(out or "runs")
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"--out {path}: {nearest} is a file; name a folder that is empty or does not exist")
+    if out and path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"--out {path} is not empty; name another folder, or go on with it by --resume {path}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {path} cannot be written: no permission in {nearest}; name another folder")
+
+
 def create_run(out: str, name: str, now: datetime) -> "RunFolder":
     """Make the folder: exactly ``out``, or ``runs/<time>-<name>``. Raises UsageError where it cannot be used."""
+    check_out(out)
     path = Path(out) if out else Path("runs") / f"{now:%Y%m%d-%H%M%S}-{slug(name)}"
     try:
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"--out {path} is a file; name a folder that is empty or does not exist")
-        if path.is_dir() and any(path.iterdir()):
-            raise UsageError(f"--out {path} is not empty; name another folder, or go on with it by --resume {path}")
         (path / "levels").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {path} cannot be written: {error.strerror}; name another folder") from None

@@ -24,6 +24,9 @@ from loadstone.measure.rules import Rules, Stance, requests_for
 
 DEFAULT_LADDER = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 BRACKET_REQUESTS = 5
+TOP_UP_REQUESTS = 2
+WINDOW_TIMES = 5
+"""A window of fewer request times holds too few waves to judge by itself."""
 MAX_STEPS_DOWN = 3
 MAX_BISECTIONS = 16
 MAX_GAIN_LEVELS = 6
@@ -56,6 +59,7 @@ class Ask:
     stance: Stance
     may_stop_early: bool = True
     why: str = ""
+    window_times: int = WINDOW_TIMES
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,26 @@ def candidate_of(points: Sequence[Point], settings: SearchSettings) -> Candidate
         return None
     gain = binding_gain(points, bracket, settings)
     if gain is not None:
-        return Candidate(max(1, round_line(gain.line)), "gain", gain)
+        return Candidate(_settled_near(gain, points, settings) or round_line(gain.line), "gain", gain)
     binding = "ladder" if bracket.high is None else _binding(bracket.high)
     return Candidate(bracket.low.concurrency, binding, None)
+
+
+def _settled_near(gain: GainEstimate, points: Sequence[Point], settings: SearchSettings) -> int | None:
+    """A level that was confirmed as near to the line as the resolution: measuring there moves the line a little."""
+    near = [
+        p
+        for p in points
+        if p.verdict is Verdict.PASS
+        and p.requests >= _needed(p.concurrency, settings)
+        and abs(p.concurrency / gain.line - 1) <= settings.rules.resolution / 2
+    ]
+    closest = min(near, key=lambda p: abs(p.concurrency / gain.line - 1), default=None)
+    return None if closest is None else closest.concurrency
+
+
+def _needed(concurrency: int, settings: SearchSettings) -> int:
+    return requests_for(Stance.CONFIRM, concurrency, 0, settings.rules, settings.streams)
 
 
 def _binding(high: Point) -> str:
@@ -131,7 +152,7 @@ def binding_gain(points: Sequence[Point], bracket: Bracket, settings: SearchSett
 
 def ask(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
     """The next level, or None when the search is over. ``points`` in ascending order."""
-    steps = (_again, _climb, _narrow, _refine_gain, _prove_high, _confirm, _recommended)
+    steps = (_again, _climb, _decide_gain, _narrow, _refine_gain, _prove_high, _confirm, _recommended)
     return next((wanted for step in steps if (wanted := step(points, settings)) is not None), None)
 
 
@@ -159,9 +180,9 @@ def _ladder(concurrency: int, settings: SearchSettings, why: str) -> Ask:
 
 
 def _confirming(concurrency: int, settings: SearchSettings, why: str, have: int = 0) -> Ask:
-    needed = requests_for(Stance.CONFIRM, concurrency, 0, settings.rules, settings.streams)
-    requests = max(needed - have, BRACKET_REQUESTS * concurrency)
-    return Ask(LevelKind.CONFIRM, concurrency, requests, Stance.CONFIRM, why=why)
+    times = TOP_UP_REQUESTS if have >= BRACKET_REQUESTS * concurrency else BRACKET_REQUESTS
+    requests = max(_needed(concurrency, settings) - have, times * concurrency)
+    return Ask(LevelKind.CONFIRM, concurrency, requests, Stance.CONFIRM, why=why, window_times=times)
 
 
 def _climb(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
@@ -201,57 +222,103 @@ def _narrow(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
     inside = [p for p in points if low.concurrency < p.concurrency < high.concurrency]
     if len(points) > len(settings.ladder) + MAX_BISECTIONS:
         return None
-    target = _next_inside(low, high, settings)
+    guess = _guess(low, high, points, settings.rules.resolution)
+    target = min(max(math.floor(guess.concurrency), low.concurrency + 1), high.concurrency - 1)
     if any(p.concurrency == target for p in inside):
         return None
-    return _bracket_ask(target, low, high, settings)
+    return _bracket_ask(target, guess.holds, low, high, settings)
 
 
-def _next_inside(low: Point, high: Point, settings: SearchSettings) -> int:
-    bottom, top = low.concurrency, high.concurrency
-    guess = _guess(low, high, settings.rules.resolution)
-    return min(max(round(guess), bottom + 1), top - 1)
+@dataclass(frozen=True)
+class Guess:
+    """Where to look next inside a bracket."""
+
+    concurrency: float
+    holds: bool
+    """It is expected to pass: near enough to the line to be the answer."""
 
 
-def _guess(low: Point, high: Point, resolution: float) -> float:
+def _guess(low: Point, high: Point, points: Sequence[Point], resolution: float) -> Guess:
     bottom, top = low.concurrency, high.concurrency
     if high.refuted:
-        return top / (1 + resolution)
-    if high.accepted and bottom <= high.accepted < top and high.rule == "success":
-        # The server itself said where its limit is: how much it was working on while it refused the rest.
-        line = high.accepted
-        return line if line > bottom else bottom * (1 + resolution)
-    crossing = _secant(low, high)
+        return Guess(top / (1 + resolution), True)
+    crossing = _crossing(low, high, points, resolution)
     if crossing is None:
         power = 0.75 if high.rule.split(":")[0] in _CHEAP_RULES else 0.6
-        return float(bottom * (top / bottom) ** power)
+        return Guess(bottom * (top / bottom) ** power, False)
     # Just below the crossing closes the bracket from one side; where that is known already, just above it.
-    below, above = crossing * (1 - resolution / 2), crossing * (1 + resolution / 2)
-    step = 1 + resolution / 2
+    below, step = crossing.concurrency * (1 - resolution / 2), 1 + resolution / 2
     if below > bottom * step:
-        return min(below, top / step)
-    return min(max(above, bottom * step), bottom * (1 + resolution))
+        return Guess(min(below, top / step), crossing.holds)
+    return Guess(min(max(crossing.concurrency * step, bottom * step), bottom * (1 + resolution)), False)
 
 
-def _secant(low: Point, high: Point) -> float | None:
-    """Where pressure on the failing rule crosses its limit, on the log–log line between the two ends."""
-    p_low, p_high = (low.pressure or {}).get(high.rule), (high.pressure or {}).get(high.rule)
+def _crossing(low: Point, high: Point, points: Sequence[Point], resolution: float) -> Guess | None:
+    """Where the failing rule seems to cross its limit; None where nothing tells.
+
+    A limit that the server itself told holds up to there, so half a resolution more is where it is crossed.
+    """
+    bottom, top = low.concurrency, high.concurrency
+    if high.accepted and high.rule == "success" and bottom <= high.accepted < top:
+        # The server itself says where its limit is: how much it was working on while it refused the rest.
+        return Guess(high.accepted * (1 + resolution / 2), True)
+    kv_use = _pressure(low, "resource:kv")
+    if high.rule in ("resource:kv", "resource:preemptions") and kv_use:
+        # The cache fills in proportion to what runs.
+        full = bottom / kv_use
+        return Guess(full * (1 + resolution / 2), True) if bottom < full < top else None
+    above = next((p for p in points if p.concurrency > top and p.verdict is Verdict.FAIL), None)
+    return _secant(low, high, above)
+
+
+def _secant(low: Point, high: Point, above: Point | None) -> Guess | None:
+    """Where pressure on the failing rule crosses its limit.
+
+    On the log–log line between the two ends; where two levels failed, on the straight line through them: what waits
+    grows in proportion to the requests beyond the knee, so that line is the truer one.
+    """
+    p_low, p_high = _pressure(low, high.rule), _pressure(high, high.rule)
     if p_low is None or p_high is None or not p_low < 1 < p_high:
         return None
+    if above is not None and (p_above := _pressure(above, high.rule)) is not None and p_above > p_high:
+        slope = (p_above - p_high) / (above.concurrency - high.concurrency)
+        straight = high.concurrency - (p_high - 1) / slope
+        if low.concurrency < straight < high.concurrency:
+            return Guess(straight, True)
     ratio = high.concurrency / low.concurrency
-    return float(low.concurrency * ratio ** (math.log(1 / p_low) / math.log(p_high / p_low)))
+    return Guess(low.concurrency * ratio ** (math.log(1 / p_low) / math.log(p_high / p_low)), False)
 
 
-def _bracket_ask(target: int, low: Point, high: Point, settings: SearchSettings) -> Ask:
+def _pressure(point: Point, rule: str) -> float | None:
+    return (point.pressure or {}).get(rule)
+
+
+def _bracket_ask(target: int, holds: bool, low: Point, high: Point, settings: SearchSettings) -> Ask:
     resolution = settings.rules.resolution
     would_close = high.concurrency <= target * (1 + resolution) * 1.0001 or high.concurrency - target <= 1
     likely_bound = target <= low.concurrency * (1 + resolution) * 1.0001
     base = BRACKET_REQUESTS * target
-    if would_close:
+    if holds or (would_close and not likely_bound):
         # Passing, it is the answer: its confirmation is cheaper now than in a level of its own.
         base = requests_for(Stance.CONFIRM, target, base, settings.rules, settings.streams)
     why = f"between {low.concurrency} that held and {high.concurrency} that did not"
     return Ask(LevelKind.BISECT, target, base, Stance.EXPLORE, not likely_bound, why)
+
+
+def _decide_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
+    """The recommended level early, where it tells whether the gain line lies below the hard one.
+
+    Half an octave below a level that passed lies nearly its recommended level, which is run in any case; known
+    early, it may spare closing a bracket above the gain line.
+    """
+    bracket = bracket_of(points)
+    low, high = bracket.low, bracket.high
+    if low is None or high is None or high.verdict is not Verdict.FAIL or low.concurrency in settings.ladder:
+        return None
+    estimate = Curve.of(points).gain_under_line(settings.rules.min_gain)
+    if estimate is None or not estimate.low < low.concurrency <= estimate.line:
+        return None
+    return _measuring(points, recommend(low.concurrency, settings.headroom), "does a doubling still pay below it?")
 
 
 def _refine_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
@@ -268,7 +335,7 @@ def _refine_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | Non
     known = {point.concurrency for point in points}
     line = candidate.gain.line
     for target in (round(line * math.sqrt(2)), max(1, round(line / math.sqrt(2)))):
-        if target < ceiling and target not in known and not curve.near(target, settings.rules.resolution / 2):
+        if target < ceiling and target not in known and not curve.near(target, settings.rules.resolution):
             why = f"half an octave beside the gain line near {round(line)}"
             return Ask(LevelKind.BISECT, target, BRACKET_REQUESTS * target, Stance.EXPLORE, why=why)
     return None
@@ -294,8 +361,7 @@ def _confirm(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
         return None
     here = next((p for p in points if p.concurrency == candidate.concurrency), None)
     have = here.requests if here is not None else 0
-    needed = requests_for(Stance.CONFIRM, candidate.concurrency, 0, settings.rules, settings.streams)
-    if have >= needed or (here is not None and here.runs > MAX_STEPS_DOWN):
+    if have >= _needed(candidate.concurrency, settings) or (here is not None and here.runs > MAX_STEPS_DOWN):
         return None
     return _confirming(candidate.concurrency, settings, "the answer's own level", have)
 
@@ -306,16 +372,12 @@ def _recommended(points: Sequence[Point], settings: SearchSettings) -> Ask | Non
     if candidate is None:
         return None
     target = recommend(candidate.concurrency, settings.headroom)
+    return _measuring(points, target, "the recommended level, to measure it")
+
+
+def _measuring(points: Sequence[Point], target: int, why: str) -> Ask | None:
+    """A level that is run for its figures; None where they are known or not to be had."""
     here = next((p for p in points if p.concurrency == target), None)
-    if here is not None and here.throughput is not None:
+    if here is not None and (here.throughput is not None or here.runs > 1):
         return None
-    if here is not None and here.runs > 1:
-        return None
-    return Ask(
-        LevelKind.CONFIRM,
-        target,
-        BRACKET_REQUESTS * target,
-        Stance.CONFIRM,
-        False,
-        "the recommended level, to measure it",
-    )
+    return Ask(LevelKind.CONFIRM, target, BRACKET_REQUESTS * target, Stance.CONFIRM, False, why)

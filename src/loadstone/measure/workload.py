@@ -210,8 +210,8 @@ class CustomWorkload:
         if self._used <= len(self._rows):
             return ()
         return (
-            f"the file's {len(self._rows)} prompts were sent {self._used / len(self._rows):.1f} times each: "
-            "repeated ones may come out of the server's prefix cache",
+            f"the file's prompts ({len(self._rows)}) were repeated for {self._used} requests: "
+            "what is repeated may come out of the server's prefix cache",
         )
 
     def request(self, level: int, index: int) -> Request:

@@ -144,12 +144,13 @@ def _half(verdict: RunVerdict) -> str:
 
 
 def _why_half(verdict: RunVerdict) -> str:
-    line = verdict.measured_max_concurrency
-    if line is None or verdict.half_of_failing is None:
+    line, recommended = verdict.measured_max_concurrency, verdict.recommended_concurrency
+    if line is None or recommended is None or verdict.half_of_failing is None:
         return ""
     if verdict.binding in _LOWER_BOUND:
         return _COARSE_LADDER + f"Here {line:,} was measured and held; the recommendation stays on measured ground."
-    return _COARSE_LADDER + "Here the line itself was measured, so 75 % of it is the same caution on better knowledge."
+    share = percent(recommended / line)
+    return _COARSE_LADDER + f"Here the line itself was measured: {share} of it is the same caution on better knowledge."
 
 
 def _asides(verdict: RunVerdict) -> list[str]:

@@ -92,10 +92,8 @@ def charts(verdict: RunVerdict, fact: Callable[[str], Any]) -> list[Chart]:
     if not rows:
         return []
     panels = [_throughput(rows), _efficiency(rows)]
-    if any(row.mean_ttft_ms is not None for row in rows):
-        panels += [_latency(rows, "ttft", fact), _latency(rows, "itl", fact)]
-    else:
-        panels.append(_latency(rows, "e2el", fact))
+    streams = any(row.mean_ttft_ms is not None for row in rows)
+    panels += [_latency(rows, metric, fact, streams) for metric in (("ttft", "itl") if streams else ("e2el",))]
     marks = _marks(verdict)
     ends = [end for mark in marks for end in (mark.at, mark.low, mark.high) if end is not None]
     x = log_axis([*_x(rows), *ends], whole=True)
@@ -185,7 +183,7 @@ _LATENCIES = {
 }
 
 
-def _latency(rows: list[LevelRow], metric: str, fact: Callable[[str], Any]) -> _Panel:
+def _latency(rows: list[LevelRow], metric: str, fact: Callable[[str], Any], streams: bool) -> _Panel:
     """Mean and percentiles of ``metric``; failures are infinite in a percentile, so its curve ends where they reach."""
     title, title_zh = _LATENCIES[metric]
     mean = Curve(
@@ -198,14 +196,15 @@ def _latency(rows: list[LevelRow], metric: str, fact: Callable[[str], Any]) -> _
         _verdicts(rows),
     )
     curves = [mean] + [Curve(p, p, _x(rows), _figures(rows, f"{p}_{metric}_ms")) for p in ("p50", "p95", "p99")]
-    return _Panel(metric, title, title_zh, "ms", curves, limit=_limit(metric, fact), may_be_log=True)
+    return _Panel(metric, title, title_zh, "ms", curves, limit=_limit(metric, fact, streams), may_be_log=True)
 
 
-def _limit(metric: str, fact: Callable[[str], Any]) -> Limit | None:
-    value = fact(f"max_{metric}_ms")
+def _limit(metric: str, fact: Callable[[str], Any], streams: bool) -> Limit | None:
+    """What the rules allow; where nothing streams, the limit on the TTFT holds for the end-to-end time."""
+    value = fact(f"max_{metric}_ms") or (fact("max_ttft_ms") if metric == "e2el" and not streams else None)
     if not isinstance(value, int | float) or not value > 0:
         return None
-    stat = fact("ttft_stat") if metric == "ttft" else None
+    stat = fact("ttft_stat") if metric == "ttft" or not streams else None
     return Limit(f"limit on the {stat or 'mean'}: {value:,g} ms", float(value))
 
 

@@ -11,7 +11,11 @@ from loadstone.core.verdict import LevelRow, RunVerdict, Verdict
 from loadstone.report.answer import judged, number, percent
 from loadstone.report.folder import Run, flat
 
-_CONDITIONS = ("workload.", "settings.", "server.")
+_CONDITIONS = (
+    *("workload.", "settings.server.", "settings.data.", "settings.rules."),
+    *("server.base_url", "server.model", "server.endpoint", "server.streams", "server.through_gate"),
+)
+"""What two runs must share to measure the same thing; the rest of ``run.toml`` says how, where and when."""
 _LOWER_BOUND = ("ladder", "client")
 
 

@@ -24,8 +24,11 @@ class Run(msgspec.Struct, frozen=True):
     facts: dict[str, Any]
 
     def fact(self, key: str) -> Any:
-        """The value of ``key`` in ``run.toml``: at the top level, else in its first table that has it, else None."""
-        return next((value for _, found, value in _walk(self.facts) if found == key), None)
+        """What ``run.toml`` says of ``key``: what was found out, else what was asked for; None for neither or ""."""
+        values = {name: value for name, value in flat(self.facts).items() if value != ""}
+        asked_for = (name for name in values if name.rpartition(".")[2] == key)
+        name = next((name for name in (key, f"server.{key}", *asked_for) if name in values), None)
+        return None if name is None else values[name]
 
 
 def read_run(run_dir: Path) -> Run:

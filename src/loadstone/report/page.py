@@ -12,7 +12,7 @@ from markupsafe import Markup
 from loadstone.core.verdict import LevelRow, RunVerdict, Verdict
 from loadstone.report.answer import CLIENT_MEANING, answer, number, percent
 from loadstone.report.charts import Chart, charts
-from loadstone.report.folder import Run, read_run, write_whole
+from loadstone.report.folder import Run, flat, read_run, write_whole
 
 _HEAD_KEYS = ("model", "endpoint", "base_url", "created_at")
 
@@ -94,10 +94,13 @@ def _signals(levels: list[LevelRow]) -> list[str]:
 
 
 def _sections(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """``run.toml`` for display: scalars under "run", then each table; inner tables stay whole."""
-    scalars = {key: value for key, value in facts.items() if not isinstance(value, Mapping) and key != "command"}
-    tables = {key: dict(value) for key, value in facts.items() if isinstance(value, Mapping)}
-    return {name: table for name, table in {"run": scalars, **tables}.items() if table}
+    """``run.toml`` for display: its values by table, those of the top level under "run"; nothing that is empty."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in flat(facts).items():
+        table, _, key = name.rpartition(".")
+        if name != "command" and value not in ("", []):
+            sections.setdefault(table or "run", {})[key] = value
+    return sections
 
 
 def _toml_value(value: Any) -> str:
@@ -105,6 +108,4 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return ", ".join(_toml_value(item) for item in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)

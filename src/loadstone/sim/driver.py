@@ -16,7 +16,9 @@ class Driver:
         self._clients: dict[int, Callable[[int, bool], None]] = {}
         self._jobs = 0
 
-    def arrive(self, prompt_tokens: int, output_tokens: int, on_tokens: Callable[[int, bool], None]) -> tuple[Fate, int]:
+    def arrive(
+        self, prompt_tokens: int, output_tokens: int, on_tokens: Callable[[int, bool], None]
+    ) -> tuple[Fate, int]:
         """Bring a request to the service; returns its fate and the job's number.
 
         Of a served job ``on_tokens(tokens so far, finished)`` is called until it has finished or left; it may

@@ -1,12 +1,12 @@
 """What a simulated server is like: one frozen ``Profile``, and a dict of named ones.
 
 One engine step takes ``base_s + per_decode_seq_s·decodes + per_prefill_token_s·prefill + kv_token_s·resident``
-seconds. With N slots always full, P prompt and T output tokens and nothing that caps the batch, a request lives for
-T + 1 steps (it waits for the step under way), each of which decodes N·T/(T+1) requests, so throughput is
-X = N / (a + b·N) with a = (T + 1)·base_s and b = T·per_decode_seq_s + P·per_prefill_token_s.
+seconds. With N ≥ 2 slots always full, P prompt and T output tokens, and nothing that caps the batch, a request lives
+for T + 1 steps (it waits for the step under way, is read in one, and is decoded in T − 1), so throughput is
+X = N / (a + b·N) with a = (T + 1)·base_s and b = (T − 1)·per_decode_seq_s + P·per_prefill_token_s.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from loadstone.core.errors import UsageError
 
@@ -44,7 +44,7 @@ class Profile:
     refuse_beyond: int | None = None
     """503 at once for a request that would be one more than this in flight."""
     hang_beyond: int | None = None
-    """A request that would be one more than this in flight is accepted and never answered."""
+    """A request that would be one more than this being served is accepted and never answered."""
     error_rate: float = 0.0
     """Share of requests answered 500 at once."""
     hang_rate: float = 0.0
@@ -82,15 +82,13 @@ class Profile:
 
     def with_overrides(self, **overrides: int | None) -> "Profile":
         """A copy with the given fields replaced; ``None`` keeps a field. Raises UsageError where they don't fit."""
-        known = {field.name for field in fields(self)}
-        if unknown := overrides.keys() - known:
-            raise UsageError(f"profiles have no {', '.join(sorted(unknown))}")
-        return replace(self, **{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return replace(self, **given)  # type: ignore[arg-type]
 
 
 _SHARP = Profile("sharp-knee", base_s=0.020, max_num_seqs=32)
 _SOFT = Profile("soft-knee", base_s=0.010, per_decode_seq_s=0.000_25, max_num_seqs=1024)
-_TTFT = Profile("ttft-queue", base_s=0.040, max_num_seqs=60)
+_TTFT = Profile("ttft-queue", base_s=0.080, max_num_seqs=60)
 
 QUIET: tuple[Profile, ...] = (
     Profile("narrow", base_s=0.015, max_num_seqs=5),
@@ -104,25 +102,25 @@ QUIET: tuple[Profile, ...] = (
         base_s=0.200,
         per_prefill_token_s=0.000_05,
         max_num_seqs=1024,
-        default_output_tokens=8,
+        default_output_tokens=64,
     ),
     Profile("kv-bound", base_s=0.020, per_decode_seq_s=0.000_1, num_kv_blocks=1_900),
     Profile("refusing", base_s=0.012, per_decode_seq_s=0.000_05, max_num_seqs=512, refuse_beyond=100),
-    Profile("short-queue", base_s=0.010, per_decode_seq_s=0.000_02, max_num_seqs=150, max_waiting=10),
+    Profile("short-queue", base_s=0.010, per_decode_seq_s=0.000_02, max_num_seqs=150, max_waiting=5),
 )
 """Nothing random: every search should land within its resolution."""
 
 NOISY: tuple[Profile, ...] = (
     replace(_SHARP, name="noisy-sharp", step_cv=0.5, length_cv=0.5),
     replace(_SOFT, name="noisy-soft", step_cv=0.5, length_cv=0.5),
-    replace(_TTFT, name="noisy-ttft", step_cv=0.5, length_cv=0.5),
+    replace(_TTFT, name="noisy-ttft", base_s=0.160, step_cv=0.5, length_cv=0.5),
 )
 """Service times with a coefficient of variation of 0.5."""
 
 MISBEHAVING: tuple[Profile, ...] = (
     replace(_SHARP, name="stray-errors", error_rate=0.02),
     replace(_SHARP, name="broken", error_rate=0.10),
-    replace(_SHARP, name="hanging", hang_rate=0.005),
+    replace(_SHARP, name="hanging", hang_rate=0.001),
     Profile("hang-beyond", base_s=0.012, per_decode_seq_s=0.000_05, max_num_seqs=512, hang_beyond=40),
     replace(_SHARP, name="outliving", max_waiting=4, work_outlives_client=True),
     replace(_SHARP, name="cold-start", pace=((0.0, 8.0), (20.0, 1.0))),
@@ -133,3 +131,10 @@ MISBEHAVING: tuple[Profile, ...] = (
 """What real servers do to a search."""
 
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in (*QUIET, *NOISY, *MISBEHAVING)}
+
+
+def named(name: str) -> Profile:
+    """The profile of that name. Raises UsageError, which lists them all."""
+    if name not in PROFILES:
+        raise UsageError(f"no profile is called {name!r}; there are {', '.join(PROFILES)}")
+    return PROFILES[name]

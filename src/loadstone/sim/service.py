@@ -80,7 +80,7 @@ class Service:
             return Fate.HUNG
         if profile.refuse_beyond is not None and self.in_flight >= profile.refuse_beyond:
             return Fate.REFUSED
-        if profile.hang_beyond is not None and self.in_flight >= profile.hang_beyond:
+        if profile.hang_beyond is not None and len(self._served) >= profile.hang_beyond:
             return Fate.HUNG
         return Fate.SERVED
 

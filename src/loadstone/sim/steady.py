@@ -24,7 +24,7 @@ class Steady:
     """Long-run figures at one concurrency."""
 
     success_share: float
-    """Successes ÷ requests; where requests time out, slot-time spent in successes ÷ slot-time, if that is less."""
+    """Successes ÷ requests; where requests hang, slot-time spent in successes ÷ slot-time, if that is less."""
     mean_ttft_s: float
     throughput_rps: float
     median_kv_use: float
@@ -46,7 +46,6 @@ class _Window:
     until_ns: int
     sent: int = 0
     open: int = 0
-    timeouts: int = 0
     ttfts_s: list[float] = field(default_factory=list)
     """One for each success."""
     success_ns: int = 0
@@ -80,6 +79,8 @@ class ClosedLoop:
         self._life_ns = profile.step_s(batch, 0, batch * (prompt_tokens + output_tokens // 2)) * output_tokens * 1e9
         """First a guess that ignores prefill and waiting, then the mean of all successes."""
         self._successes = 0
+        self._hung = False
+        """Whether some request was never answered, or not in time."""
         self._now_ns = 0
         self._jobs = 0
         self._calls: dict[int, _Call] = {}
@@ -106,7 +107,7 @@ class ClosedLoop:
     def _summarise(self, window: _Window, preempted: int) -> Steady:
         window_ns = window.until_ns - window.from_ns
         success_share = len(window.ttfts_s) / max(1, window.sent)
-        if window.timeouts:
+        if self._hung:
             success_share = min(success_share, window.success_ns / (self._concurrency * window_ns))
         return Steady(
             success_share=success_share,
@@ -145,6 +146,7 @@ class ClosedLoop:
         fate = self._service.arrive(self._jobs, *self._lengths, self._now_ns)
         if fate in (Fate.SERVED, Fate.HUNG):
             self._window.open += judged
+            self._hung = self._hung or fate is Fate.HUNG
             self._calls[self._jobs] = _Call(self._now_ns)
             self._timeouts.append((self._now_ns + self._timeout_ns, self._jobs))
         else:
@@ -171,7 +173,7 @@ class ClosedLoop:
 
     def _time_out(self, job: int) -> None:
         self._close(job)
-        self._window.timeouts += self._window.holds(self._now_ns)
+        self._hung = True
         self._service.leave(job)
         self._pause()
 

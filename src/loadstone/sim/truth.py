@@ -9,7 +9,7 @@ from loadstone.sim.steady import ClosedLoop, Steady
 
 _QUIET_LIVES = 12
 _NOISY_LIVES = 40
-_NOISY_REQUESTS = 20_000
+_NOISY_REQUESTS = 8_000
 _PER_OCTAVE = 8
 _ONE_CHUNK = 1 << 30
 
@@ -52,7 +52,7 @@ class Truth:
         output_tokens: int | None = None,
         *,
         request_timeout_s: float = 600.0,
-        most: int = 2048,
+        most: int = 1024,
     ) -> None:
         last_pace = profile.pace[-1:]
         self._profile = replace(
@@ -90,15 +90,15 @@ class Truth:
     def gain_line(self, min_gain: float) -> int | None:
         """The largest N with G(N) = log2 X(√2·N) − log2 X(N/√2) ≥ log2(1 + min_gain), X interpolated log–log.
 
-        Looks on until G stays below over two octaves; None where that does not happen.
+        Looks on until G stays below for half an octave, at most up to twice the ``most``; None where it never does.
         """
         least = math.log2(1 + min_gain)
         top = 16
-        while top <= self._most:
+        while top <= 2 * self._most:
             reach = math.floor(top / math.sqrt(2))
             passing = [n for n in range(2, reach + 1) if self._gain(n) >= least]
             line = passing[-1] if passing else 1
-            if line < top / 4:
+            if line < top / 2:
                 return line
             top *= 2
         return None
@@ -136,7 +136,7 @@ def true_line(
     max_kv_use: float = 0.95,
     min_gain: float = 0.2,
     request_timeout_s: float = 600.0,
-    most: int = 2048,
+    most: int = 1024,
 ) -> TrueLine:
     """The line of each rule under the method's definitions; ``output_tokens`` defaults to the profile's own."""
     truth = Truth(profile, prompt_tokens, output_tokens, request_timeout_s=request_timeout_s, most=most)

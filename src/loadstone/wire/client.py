@@ -19,6 +19,7 @@ from loadstone.core.errors import UnreachableError, UsageError
 from loadstone.core.target import Break, Exchange, Request
 from loadstone.wire.connection import Call, Connection, State, Wire
 from loadstone.wire.origin import Address, Origin, parse_origin, resolve
+from loadstone.wire.poller import make_poller
 from loadstone.wire.stamps import Receiver
 from loadstone.wire.tls import client_context
 
@@ -70,12 +71,13 @@ class HttpTarget:
         self._loop = asyncio.get_running_loop()
         self._clock = clock
         self._receiver = Receiver()
-        self._wire = Wire(self._loop, origin, addresses, tls, self._receiver)
+        self._poller = make_poller(self._loop, may_rest=lambda: self._receiver.kernel_stamps)
+        self._wire = Wire(self._loop, origin, addresses, tls, self._receiver, self._poller)
         self._timeout_ns = int(timeout_s * 1e9)
         self._fixed_headers = fixed_headers
         self._heads: dict[str, bytes] = {}
         self._idle: dict[Connection, None] = {}
-        self._running: dict[Exchange, Call] = {}
+        self._running: dict[Exchange, Connection] = {}
         self._timer: Timer | None = None
 
     @property
@@ -101,15 +103,13 @@ class HttpTarget:
         request = exchange.request
         head = self._heads.get(request.path) or self._post_head(request.path)
         body = request.body
-        self._begin(exchange, b"%b%d\r\n\r\n%b" % (head, len(body), body), done)
+        self._begin(Call(exchange, b"%b%d\r\n\r\n%b" % (head, len(body), body), done, time.monotonic_ns()))
 
     def cancel(self, exchange: Exchange) -> None:
         """See ``core.target.Target``."""
-        call = self._running.get(exchange)
-        if call is not None:
-            if call.connection is not None:
-                call.connection.abort()
-            self.failed(call, Break.CUT, "")
+        connection = self._running.get(exchange)
+        if connection is not None:
+            connection.cut()
 
     async def send(self, request: Request) -> Exchange:
         """Send one request and wait for its end; a failure is in the exchange, not raised."""
@@ -127,7 +127,8 @@ class HttpTarget:
         exchange = Exchange(Request(path=path, body=body, index=-1))
         ended: asyncio.Future[Exchange] = self._loop.create_future()
         head = self._head(method, self._wire.origin.service_path(path))
-        self._begin(exchange, b"%b%d\r\n\r\n%b" % (head, len(body), body), lambda _: _settle(ended, exchange))
+        data = b"%b%d\r\n\r\n%b" % (head, len(body), body)
+        self._begin(Call(exchange, data, lambda _: _settle(ended, exchange), time.monotonic_ns()))
         await self._wait(exchange, ended)
         if exchange.broken is not None:
             raise UnreachableError(f"{method} {path}: {exchange.error or exchange.broken.value}")
@@ -140,27 +141,26 @@ class HttpTarget:
             self.cancel(exchange)
             raise
 
-    def _begin(self, exchange: Exchange, data: bytes, done: Callable[[Exchange], None]) -> None:
-        call = Call(exchange, data, done)
-        call.started_ns = now_ns = time.monotonic_ns()
-        call.deadline_ns = now_ns + self._timeout_ns
-        self._running[exchange] = call
+    def _begin(self, call: Call) -> None:
         if self._idle:
             connection, _ = self._idle.popitem()
+            self._running[call.exchange] = connection
             connection.send(call)
         else:
             self._connect(call)
         if self._timer is None:
-            self._timer = self._clock.call_at(call.deadline_ns, self._expire)
+            self._timer = self._clock.call_at(call.started_ns + self._timeout_ns, self._expire)
 
     def _connect(self, call: Call) -> None:
-        Connection(self._wire, self).open(call)
+        connection = self._running[call.exchange] = Connection(self._wire, self)
+        connection.open(call)
 
     # -- what connections tell (connection.Owner)
 
     def finished(self, connection: Connection, call: Call) -> None:
         exchange = call.exchange
         del self._running[exchange]
+        self._poller.prompt = True
         exchange.log.seal()
         if connection.state is State.READY:
             self._idle[connection] = None
@@ -191,14 +191,15 @@ class HttpTarget:
         now_ns = time.monotonic_ns()
         try:
             while self._running:
-                call = next(iter(self._running.values()))
-                if call.deadline_ns > now_ns:
+                connection = next(iter(self._running.values()))
+                deadline_ns = connection.started_ns + self._timeout_ns
+                if deadline_ns > now_ns:
                     break
-                assert call.connection is not None
-                call.connection.expire(call)
+                connection.expire(deadline_ns)
         finally:
             if self._running and self._timer is None:
-                self._timer = self._clock.call_at(next(iter(self._running.values())).deadline_ns, self._expire)
+                oldest = next(iter(self._running.values()))
+                self._timer = self._clock.call_at(oldest.started_ns + self._timeout_ns, self._expire)
 
     def close(self) -> None:
         """Cut what runs (its ``done`` is still called), close all connections."""
@@ -209,6 +210,7 @@ class HttpTarget:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._poller.close()
         self._receiver.close()
 
     # -- request heads

@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import httptools
+import msgspec
 
 from loadstone.core.target import Break, Exchange
 from loadstone.wire.origin import Address, Origin
+from loadstone.wire.poller import Poller
 from loadstone.wire.reply import ReplyReader
 from loadstone.wire.stamps import Receiver
 from loadstone.wire.tls import TlsLayer, describe
@@ -41,6 +43,9 @@ _HELD_BACK_BYTES = 16_384
 """Unread bytes from which on the server may have been waiting for us: receive windows start at some 64 KiB."""
 
 
+_UNREAD = "bytes waited unread past the time-out"
+
+
 class State(enum.Enum):
     CONNECTING = "connecting"
     HANDSHAKE = "handshake"
@@ -48,20 +53,13 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-class Call:
-    """An exchange under way: its request's bytes, whom to tell, and until when."""
+class Call(msgspec.Struct, gc=False):
+    """An exchange under way: its request's bytes, whom to tell, and since when."""
 
-    __slots__ = ("connection", "data", "deadline_ns", "done", "exchange", "overdue", "started_ns")
-
-    def __init__(self, exchange: Exchange, data: bytes, done: Callable[[Exchange], None]) -> None:
-        self.exchange = exchange
-        self.data = data
-        self.done = done
-        self.connection: Connection | None = None
-        self.started_ns = 0
-        self.deadline_ns = 0
-        self.overdue = False
-        """The deadline has passed: only bytes that had come by then still count."""
+    exchange: Exchange
+    data: bytes
+    done: Callable[[Exchange], None]
+    started_ns: int
 
 
 class Owner(Protocol):
@@ -83,6 +81,7 @@ class Wire:
     """In the order to try them; the one that last worked is moved to the front."""
     tls: ssl.SSLContext | None
     receiver: Receiver
+    poller: Poller
 
 
 class Connection:
@@ -90,6 +89,7 @@ class Connection:
 
     __slots__ = (
         "_call",
+        "_deadline_ns",
         "_owner",
         "_reply",
         "_reused",
@@ -108,6 +108,7 @@ class Connection:
         self._reply = ReplyReader()
         self._tls: TlsLayer | None = None
         self._call: Call | None = None
+        self._deadline_ns = 0
         self._unsent = b""
         self._tries = iter(tuple(wire.addresses))
         self._reused = False
@@ -118,12 +119,17 @@ class Connection:
     def __repr__(self) -> str:
         return f"<Connection {self._wire.origin.netloc} {self.state.value}{' busy' if self._call else ''}>"
 
+    @property
+    def started_ns(self) -> int:
+        """When the call it carries was started."""
+        assert self._call is not None
+        return self._call.started_ns
+
     # -- opening
 
     def open(self, call: Call) -> None:
         """Connect, then send ``call``. Failures are told later, never from within."""
         self._call = call
-        call.connection = self
         self._try_next(None)
 
     def _try_next(self, failure: OSError | None) -> None:
@@ -166,11 +172,11 @@ class Connection:
             wire.addresses.insert(0, (family, address))
         if wire.tls is None:
             self._ready()
-            wire.loop.add_reader(sock.fileno(), self._read)
+            wire.poller.add(sock.fileno(), self._read)
         else:
             self.state = State.HANDSHAKE
             self._tls = TlsLayer(wire.tls, wire.origin.host)
-            wire.loop.add_reader(sock.fileno(), self._read)
+            wire.poller.add(sock.fileno(), self._read)
             self._shake_hands(b"")
 
     def _shake_hands(self, received: bytes | memoryview) -> bool:
@@ -200,7 +206,6 @@ class Connection:
     def send(self, call: Call) -> None:
         """Send ``call`` on this connection, which is ready and has none."""
         self._call = call
-        call.connection = self
         self._silent = True
         self._reply.begin(call.exchange)
         data = call.data if self._tls is None else self._tls.encrypt(call.data)
@@ -324,11 +329,11 @@ class Connection:
     # -- ending
 
     def _finish(self, call: Call, stamp_ns: int) -> None:
-        if call.overdue and stamp_ns > call.deadline_ns:
+        if self._deadline_ns and stamp_ns > self._deadline_ns:
             if self._wire.receiver.kernel_stamps:
                 self._fail(Break.TIMEOUT, "")
             else:
-                self._fail(Break.CLIENT, "bytes waited unread past the time-out")
+                self._fail(Break.CLIENT, _UNREAD)
             return
         self._call = None
         self._reused = True
@@ -337,23 +342,24 @@ class Connection:
             self.close()
         self._owner.finished(self, call)
 
-    def expire(self, call: Call) -> None:
-        """The deadline of ``call`` has passed: read what waits, then say whose time-out it is.
+    def expire(self, deadline_ns: int) -> None:
+        """The call's deadline has passed: read what waits, then say whose time-out it is.
 
         All that the server had sent is in hand once the socket is empty, so an incomplete reply is the server's
         time-out, unless so much had waited unread that the server may have been held back by us.
         """
-        call.overdue = True
-        waited = 0
+        call, waited = self._call, 0
+        self._deadline_ns = deadline_ns
         while self.state is State.READY and self._call is call:
             size = self._read()
             if not size:
                 break
             waited += size
+        self._deadline_ns = 0
         if self._call is not call:
             return
         if waited >= _HELD_BACK_BYTES:
-            self._fail(Break.CLIENT, "bytes waited unread past the time-out")
+            self._fail(Break.CLIENT, _UNREAD)
         else:
             self._fail(Break.TIMEOUT, "" if self.state is State.READY else self._no_connection_yet())
 
@@ -362,6 +368,10 @@ class Connection:
         assert call is not None
         self.abort()
         self._owner.failed(call, broken, error)
+
+    def cut(self) -> None:
+        """End the call at our own wish."""
+        self._fail(Break.CUT, "")
 
     def _abandon(self) -> None:
         self.close()
@@ -382,7 +392,7 @@ class Connection:
 
     def _drop_socket(self) -> None:
         if self._sock is not None:
-            self._wire.loop.remove_reader(self._sock.fileno())
+            self._wire.poller.remove(self._sock.fileno())
             self._wire.loop.remove_writer(self._sock.fileno())
             self._sock.close()
             self._sock = None

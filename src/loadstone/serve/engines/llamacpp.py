@@ -15,21 +15,18 @@ from pathlib import Path
 
 from loadstone.core.errors import UsageError
 from loadstone.serve.child import running_child
+from loadstone.serve.cores import pinned_to
 
 MODEL_NAME = "loadstone-tiny-random"
 _HTTP_THREADS = 256
 """Each open connection occupies one thread: with fewer, /metrics and /health wait behind the streams."""
-
-
-def split_cores(available: set[int]) -> tuple[set[int], set[int]]:
-    """(cores for the generator, cores for the engine): the engine gets all but one; a lone core is shared."""
-    first, *rest = sorted(available)
-    return {first}, set(rest) or {first}
+_WARNINGS = 2
+"""llama.cpp's log level: at the next one it writes a line for each request."""
 
 
 @contextlib.contextmanager
 def running_engine(
-    model_path: Path, *, parallel: int, context_tokens: int, cores: set[int], log_path: Path
+    model_path: Path, *, parallel: int, context_tokens: int, cores: frozenset[int], log_path: Path
 ) -> Iterator[str]:
     """Run llama.cpp on ``model_path`` for the length of the ``with`` block; gives its base URL once it is ready.
 
@@ -51,10 +48,8 @@ def running_engine(
         yield base_url
 
 
-def serve(model_path: Path, port: int, parallel: int, context_tokens: int, cores: set[int]) -> None:
+def serve(model_path: Path, port: int, parallel: int, context_tokens: int, cores: frozenset[int]) -> None:
     """Serve on ``port`` of the loopback until standard input is closed: the body of the child process."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)  # before the engine makes its threads: they inherit it
     xllamacpp = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(model_path)
@@ -67,16 +62,21 @@ def serve(model_path: Path, port: int, parallel: int, context_tokens: int, cores
     params.cpuparams.n_threads = len(cores)
     params.cpuparams_batch.n_threads = len(cores)
     params.endpoint_metrics = True
-    params.verbosity = 2
+    params.verbosity = _WARNINGS
     # A prompt seen before must cost what a new one costs, or the later levels of a measurement look better.
     params.cache_prompt = False
     params.cache_ram_mib = 0
-    server = xllamacpp.Server(params)
+    with pinned_to(cores):  # the engine's threads inherit it
+        server = xllamacpp.Server(params)
     print("serving on", server.listening_address, file=sys.stderr, flush=True)
     # The other end of this pipe is the parent's: it closes when the parent closes it and when the parent is killed,
     # so no engine is ever left behind, whatever ends the parent.
     sys.stdin.buffer.read()
-    os._exit(0)
+    os._exit(0)  # without waiting for the threads that still hold requests
+
+
+def _cores(text: str) -> frozenset[int]:
+    return frozenset(int(core) for core in text.split(","))
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--context-tokens", type=int, required=True)
     parser.add_argument("--cores", required=True, help="comma-separated core numbers")
     told = parser.parse_args()
-    serve(told.model, told.port, told.parallel, told.context_tokens, {int(core) for core in told.cores.split(",")})
+    serve(told.model, told.port, told.parallel, told.context_tokens, _cores(told.cores))
 
 
 if __name__ == "__main__":

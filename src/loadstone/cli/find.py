@@ -1,0 +1,62 @@
+"""``loadstone find``: the largest concurrency that the server takes, and the limits that follow from it."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from loadstone.core.settings import DataSettings, LadderSettings, OutputSettings, RuleSettings, ServerSettings
+
+FLAT = Parameter(name="*", negative=())
+ApiKey = Annotated[str, Parameter(env_var=("LOADSTONE_API_KEY", "OPENAI_API_KEY"))]
+
+_SERVER = ServerSettings()
+_DATA = DataSettings()
+_RULES = RuleSettings()
+_LADDER = LadderSettings()
+_OUTPUT = OutputSettings()
+
+
+def find(
+    *,
+    server: Annotated[ServerSettings, FLAT] = _SERVER,
+    data: Annotated[DataSettings, FLAT] = _DATA,
+    rules: Annotated[RuleSettings, FLAT] = _RULES,
+    ladder: Annotated[LadderSettings, FLAT] = _LADDER,
+    output: Annotated[OutputSettings, FLAT] = _OUTPUT,
+    api_key: ApiKey = "",
+    admin_key: str = "",
+    resume: str = "",
+) -> int:
+    """Find how many concurrent requests the server takes.
+
+    Climbs a ladder of concurrencies until a rule fails, closes in on the line, confirms it, and writes a run folder
+    with a report and a limits.toml.
+
+    Parameters
+    ----------
+    api_key
+        Sent as a bearer token; OPENAI_API_KEY works too. Never written to disk.
+    admin_key
+        Of a Loadstone gate in front of the server: lifts its limits for these requests. Never written to disk.
+    resume
+        Go on with this run where it stopped, with its own settings.
+    """
+    from datetime import datetime
+
+    from loadstone.cli.searching import Secrets, conclude, search
+    from loadstone.measure.find import FindSettings, settings_of
+    from loadstone.measure.runs import RunFolder, check_out, create_run, open_run
+
+    def create(model: str) -> RunFolder:
+        return create_run(output.out, model, datetime.now().astimezone())
+
+    secrets = Secrets(api_key, admin_key)
+    if resume:
+        folder = open_run(resume)
+        settings = settings_of(folder.read_run(), resume)
+        searched = search(settings, lambda model: folder, secrets, quiet=output.quiet, earlier=folder.levels())
+    else:
+        check_out(output.out)
+        settings = FindSettings(server, data, rules, ladder)
+        searched = search(settings, create, secrets, quiet=output.quiet)
+    return conclude(searched, quiet=output.quiet, json=output.json)

@@ -1,0 +1,65 @@
+"""``loadstone sim``: a simulated model server on a real port."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import cyclopts
+
+if TYPE_CHECKING:
+    from loadstone.sim.profiles import Profile
+
+
+def sim(
+    *,
+    profile: Annotated[str, cyclopts.Parameter(help="Which simulated server; an unknown name lists them all.")] = (
+        "soft-knee"
+    ),
+    host: Annotated[str, cyclopts.Parameter(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, cyclopts.Parameter(help="Port to listen on; 0 takes a free one.")] = 0,
+    max_num_seqs: Annotated[int | None, cyclopts.Parameter(help="Requests in one batch at most.")] = None,
+    max_num_batched_tokens: Annotated[int | None, cyclopts.Parameter(help="Tokens in one step at most.")] = None,
+    num_kv_blocks: Annotated[int | None, cyclopts.Parameter(help="KV cache, in blocks of 16 tokens.")] = None,
+    seed: Annotated[int, cyclopts.Parameter(help="Of the profile's noise.")] = 0,
+) -> int:
+    """Run a simulated continuous-batching engine behind an OpenAI-compatible HTTP port until interrupted."""
+    import uvloop
+
+    from loadstone.core.errors import EXIT_OK
+    from loadstone.sim.profiles import named
+
+    chosen = named(profile).with_overrides(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, num_kv_blocks=num_kv_blocks
+    )
+    uvloop.run(_serve(chosen, host, port, seed))
+    return EXIT_OK
+
+
+async def _serve(profile: "Profile", host: str, port: int, seed: int) -> None:
+    import asyncio
+    import signal
+
+    from loadstone.core.errors import UsageError
+    from loadstone.sim.server import SimServer
+    from loadstone.wire.clock import MonotonicClock
+    from loadstone.wire.process import raise_open_files
+
+    raise_open_files()
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stopped.set)
+    clock = MonotonicClock(loop)
+    server = SimServer(profile, clock, seed=seed)
+    try:
+        bound = await server.start(host, port)
+    except OSError as error:
+        clock.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    shown = f"[{host}]" if ":" in host else host
+    print(f"loadstone sim: ready on http://{shown}:{bound} (profile {profile.name})", flush=True)
+    try:
+        await stopped.wait()
+    finally:
+        await server.stop()
+        clock.close()
