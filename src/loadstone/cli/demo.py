@@ -47,6 +47,7 @@ def demo(*, out: Path | None = None) -> int:
     from datetime import datetime
 
     from loadstone.cli.searching import Secrets, conclude, search
+    from loadstone.core.errors import EXIT_INTERRUPTED
     from loadstone.measure.runs import check_out, create_run
     from loadstone.serve.cores import available_cores, pinned_to, split_cores
     from loadstone.serve.engines.llamacpp import running_engine
@@ -82,6 +83,10 @@ def demo(*, out: Path | None = None) -> int:
         )
         running.enter_context(pinned_to(generator_cores))
         searched = search(demo_settings(base_url), lambda model: folder, Secrets(), quiet=False)
+    if searched.verdict is None:
+        # The engine is gone: there is nothing to resume against.
+        print(f"loadstone: interrupted; what was measured lies in {folder.path}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     status = conclude(searched, quiet=False, json=False)
     print(_NEXT.format(run=shlex.quote(str(folder.path))))
     return status

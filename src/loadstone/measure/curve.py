@@ -1,9 +1,10 @@
 """The gain rule over a run's points, and what it may say beyond the last level that passed.
 
-Above a hard line (TTFT, success, a resource) the server is not to be measured, yet G(N) looks half an octave ahead. A
-throughput curve that bends downwards cannot rise there faster than its last stretch did, and just past its line it has
-not collapsed either: the true continuation lies between flat and that slope. Both are tried; together they bound the
-gain line, usually tightly, because where it binds the curve has already flattened.
+Above a hard line (TTFT, success, a resource, the end of the ladder) the server is not to be measured, yet G(N) looks
+half an octave ahead. A throughput curve that bends downwards cannot rise there faster than its last stretch did, and
+just past its line it has not collapsed either: the true continuation lies between flat and that slope. Both are tried
+and bound the gain line; between them the line itself follows X = N/(a + bN), whose slope e falls as
+e/(1 − e) ∝ 1/N.
 """
 
 import math
@@ -15,7 +16,8 @@ from loadstone.measure.points import Point
 
 _FLAT = 0.02
 """Throughput that varies by less than this across the interval is settled: a gain line is soft."""
-_CERTAIN_DOUBLING = 2.0
+_BEYOND = 2.0
+"""How far the continuations reach, as a factor: twice what G(N) looks ahead."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,15 @@ class Curve:
         measured = self.gain(min_gain)
         if measured is None or measured.reached:
             return measured
+        last = self._last_slope()
         flat = self._continued(0.0).gain(min_gain)
-        steep = self._continued(self._last_slope()).gain(min_gain)
-        if flat is None or steep is None or not flat.reached:
+        likely = self._continued(_bent(last)).gain(min_gain)
+        steep = self._continued(last).gain(min_gain)
+        if flat is None or likely is None or steep is None or not likely.reached:
             return measured
         # Beyond the last level nothing is known; a line that lies there does not bind.
-        high = max(flat.high, steep.high) if steep.reached else math.inf
-        return GainEstimate(flat.line, flat.low, high, flat.line < self.ns[-1])
+        high = max(likely.high, steep.high) if steep.reached else math.inf
+        return GainEstimate(likely.line, min(flat.low, likely.low), high, likely.line < self.ns[-1])
 
     def is_settled(self, estimate: GainEstimate, resolution: float) -> bool:
         """The interval is within the resolution, or throughput hardly varies across it."""
@@ -76,6 +80,16 @@ class Curve:
         return min(1.0, max(0.0, math.log(self.xs[-1] / before) / math.log(end / start)))
 
     def _continued(self, slope: float) -> "Curve":
-        beyond = self.xs[-1] * _CERTAIN_DOUBLING**slope
+        beyond = self.xs[-1] * _BEYOND**slope
         error = self.ses[-1] * beyond / self.xs[-1]
-        return Curve((*self.ns, self.ns[-1] * _CERTAIN_DOUBLING), (*self.xs, beyond), (*self.ses, error))
+        return Curve((*self.ns, self.ns[-1] * _BEYOND), (*self.xs, beyond), (*self.ses, error))
+
+
+def _bent(slope: float) -> float:
+    """Mean slope over the next doubling of a curve X = N/(a + bN) that had ``slope`` over its last half octave."""
+    if slope >= 1.0:
+        return 1.0
+    if slope <= 0.0:
+        return 0.0
+    # From the middle of the last half octave to the middle of the next doubling lie three quarters of an octave.
+    return 1 / (1 + (1 / slope - 1) * 2**0.75)

@@ -141,10 +141,7 @@ def binding_gain(points: Sequence[Point], bracket: Bracket, settings: SearchSett
     assert bracket.low is not None, "a gain line needs a level that passed"
     low = bracket.low.concurrency
     curve = Curve.of([p for p in points if p.verdict is Verdict.PASS or p.throughput])
-    if bracket.high is None:
-        estimate = curve.gain(settings.rules.min_gain)
-    else:
-        estimate = curve.gain_under_line(settings.rules.min_gain)
+    estimate = curve.gain_under_line(settings.rules.min_gain)
     if estimate is None or not estimate.reached or round_line(estimate.line) > low:
         return None
     return estimate if bracket.high is not None or round_line(estimate.line) < low else None
@@ -331,7 +328,7 @@ def _refine_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | Non
     off_ladder = sum(1 for point in points if point.concurrency not in settings.ladder)
     if curve.is_settled(candidate.gain, settings.rules.resolution) or off_ladder >= MAX_GAIN_LEVELS:
         return None
-    ceiling = bracket.high.concurrency if bracket.high is not None else math.inf
+    ceiling = bracket.high.concurrency if bracket.high is not None else settings.ladder[-1] + 1
     known = {point.concurrency for point in points}
     line = candidate.gain.line
     for target in (round(line * math.sqrt(2)), max(1, round(line / math.sqrt(2)))):

@@ -71,9 +71,9 @@ class HttpTarget:
         self._loop = asyncio.get_running_loop()
         self._clock = clock
         self._receiver = Receiver()
+        timeout_ns = int(timeout_s * 1e9)
         self._poller = make_poller(self._loop, may_rest=lambda: self._receiver.kernel_stamps)
-        self._wire = Wire(self._loop, origin, addresses, tls, self._receiver, self._poller)
-        self._timeout_ns = int(timeout_s * 1e9)
+        self._wire = Wire(self._loop, origin, addresses, tls, timeout_ns, self._receiver, self._poller)
         self._fixed_headers = fixed_headers
         self._heads: dict[str, bytes] = {}
         self._idle: dict[Connection, None] = {}
@@ -149,7 +149,7 @@ class HttpTarget:
         else:
             self._connect(call)
         if self._timer is None:
-            self._timer = self._clock.call_at(call.started_ns + self._timeout_ns, self._expire)
+            self._timer = self._clock.call_at(call.started_ns + self._wire.timeout_ns, self._expire)
 
     def _connect(self, call: Call) -> None:
         connection = self._running[call.exchange] = Connection(self._wire, self)
@@ -182,7 +182,7 @@ class HttpTarget:
         self._idle.pop(connection, None)
 
     def _explain(self, broken: Break) -> str:
-        return f"no complete reply within {self._timeout_ns / 1e9:g} s" if broken is Break.TIMEOUT else ""
+        return f"no complete reply within {self._wire.timeout_ns / 1e9:g} s" if broken is Break.TIMEOUT else ""
 
     # -- time-outs and the end
 
@@ -192,14 +192,13 @@ class HttpTarget:
         try:
             while self._running:
                 connection = next(iter(self._running.values()))
-                deadline_ns = connection.started_ns + self._timeout_ns
-                if deadline_ns > now_ns:
+                if connection.deadline_ns > now_ns:
                     break
-                connection.expire(deadline_ns)
+                connection.expire()
         finally:
             if self._running and self._timer is None:
                 oldest = next(iter(self._running.values()))
-                self._timer = self._clock.call_at(oldest.started_ns + self._timeout_ns, self._expire)
+                self._timer = self._clock.call_at(oldest.deadline_ns, self._expire)
 
     def close(self) -> None:
         """Cut what runs (its ``done`` is still called), close all connections."""

@@ -25,25 +25,16 @@ import httptools
 import msgspec
 
 from loadstone.core.target import Break, Exchange
+from loadstone.wire.causes import OURS, UNREAD, how_it_ended, tls_failure, why_no_connection
 from loadstone.wire.origin import Address, Origin
 from loadstone.wire.poller import Poller
 from loadstone.wire.reply import ReplyReader
 from loadstone.wire.stamps import Receiver
-from loadstone.wire.tls import TlsLayer, describe
+from loadstone.wire.tls import TlsLayer
 
 _CLOSE_WITH_RESET = struct.pack("ii", 1, 0)
-_OURS = {
-    errno.EMFILE: "this machine: too many open files for this process (raise ulimit -n)",
-    errno.ENFILE: "this machine: too many open files in the system (raise fs.file-max)",
-    errno.EADDRNOTAVAIL: "this machine: no local port left (widen net.ipv4.ip_local_port_range)",
-    errno.ENOBUFS: "this machine: no buffer space for another socket",
-    errno.ENOMEM: "this machine: no memory for another socket",
-}
 _HELD_BACK_BYTES = 16_384
 """Unread bytes from which on the server may have been waiting for us: receive windows start at some 64 KiB."""
-
-
-_UNREAD = "bytes waited unread past the time-out"
 
 
 class State(enum.Enum):
@@ -80,6 +71,8 @@ class Wire:
     addresses: list[Address]
     """In the order to try them; the one that last worked is moved to the front."""
     tls: ssl.SSLContext | None
+    timeout_ns: int
+    """From a call's start, connecting included, to its last byte."""
     receiver: Receiver
     poller: Poller
 
@@ -89,7 +82,6 @@ class Connection:
 
     __slots__ = (
         "_call",
-        "_deadline_ns",
         "_owner",
         "_reply",
         "_reused",
@@ -108,7 +100,6 @@ class Connection:
         self._reply = ReplyReader()
         self._tls: TlsLayer | None = None
         self._call: Call | None = None
-        self._deadline_ns = 0
         self._unsent = b""
         self._tries = iter(tuple(wire.addresses))
         self._reused = False
@@ -120,10 +111,10 @@ class Connection:
         return f"<Connection {self._wire.origin.netloc} {self.state.value}{' busy' if self._call else ''}>"
 
     @property
-    def started_ns(self) -> int:
-        """When the call it carries was started."""
+    def deadline_ns(self) -> int:
+        """When the call it carries has to be complete."""
         assert self._call is not None
-        return self._call.started_ns
+        return self._call.started_ns + self._wire.timeout_ns
 
     # -- opening
 
@@ -139,7 +130,7 @@ class Connection:
             except OSError as error:
                 self._drop_socket()
                 failure = error
-                if error.errno in _OURS:
+                if error.errno in OURS:
                     break
             else:
                 return
@@ -157,7 +148,7 @@ class Connection:
 
     def _give_up(self, failure: OSError | None) -> None:
         if self.state is State.CONNECTING:
-            self._fail(*_why_no_connection(failure, self._wire.origin.netloc))
+            self._fail(*why_no_connection(failure, self._wire.origin.netloc))
 
     def _on_connected(self, family: socket.AddressFamily, address: object) -> None:
         wire, sock = self._wire, self._socket()
@@ -187,7 +178,7 @@ class Connection:
             established = tls.handshake(received)
         except ssl.SSLError as error:
             self._write(tls.pending())
-            self._fail(Break.TLS, describe(error))
+            self._fail(Break.TLS, tls_failure(error))
             return False
         self._write(tls.pending())
         if established:
@@ -229,8 +220,8 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
-            if error.errno in _OURS:
-                self._wire.loop.call_soon(self._fail_call, self._call, _OURS[error.errno])
+            if error.errno in OURS:
+                self._wire.loop.call_soon(self._fail_call, self._call, OURS[error.errno])
             self._reply.reusable = False
             sent = len(data)
         if sent < len(data):
@@ -276,7 +267,7 @@ class Connection:
         try:
             plain = tls.decrypt(data)
         except ssl.SSLError as error:
-            self._fail(Break.TLS, describe(error))
+            self._fail(Break.TLS, tls_failure(error))
             return
         self._write(tls.pending())
         if plain:
@@ -324,16 +315,16 @@ class Connection:
             self.close()
             self._owner.stale(call)
         else:
-            self._fail(Break.DISCONNECT, _how_it_ended(error, call.exchange.status, self._silent))
+            self._fail(Break.DISCONNECT, how_it_ended(error, call.exchange.status, self._silent))
 
     # -- ending
 
     def _finish(self, call: Call, stamp_ns: int) -> None:
-        if self._deadline_ns and stamp_ns > self._deadline_ns:
+        if stamp_ns - call.started_ns > self._wire.timeout_ns:
             if self._wire.receiver.kernel_stamps:
                 self._fail(Break.TIMEOUT, "")
             else:
-                self._fail(Break.CLIENT, _UNREAD)
+                self._fail(Break.CLIENT, UNREAD)
             return
         self._call = None
         self._reused = True
@@ -342,24 +333,19 @@ class Connection:
             self.close()
         self._owner.finished(self, call)
 
-    def expire(self, deadline_ns: int) -> None:
+    def expire(self) -> None:
         """The call's deadline has passed: read what waits, then say whose time-out it is.
 
         All that the server had sent is in hand once the socket is empty, so an incomplete reply is the server's
         time-out, unless so much had waited unread that the server may have been held back by us.
         """
         call, waited = self._call, 0
-        self._deadline_ns = deadline_ns
-        while self.state is State.READY and self._call is call:
-            size = self._read()
-            if not size:
-                break
+        while self.state is State.READY and self._call is call and (size := self._read()):
             waited += size
-        self._deadline_ns = 0
         if self._call is not call:
             return
         if waited >= _HELD_BACK_BYTES:
-            self._fail(Break.CLIENT, _UNREAD)
+            self._fail(Break.CLIENT, UNREAD)
         else:
             self._fail(Break.TIMEOUT, "" if self.state is State.READY else self._no_connection_yet())
 
@@ -404,20 +390,3 @@ class Connection:
     def _socket(self) -> socket.socket:
         assert self._sock is not None
         return self._sock
-
-
-def _why_no_connection(error: OSError | None, netloc: str) -> tuple[Break, str]:
-    code = error.errno if error is not None else None
-    if code in _OURS:
-        return Break.CLIENT, _OURS[code]
-    if code == errno.ECONNREFUSED:
-        return Break.CONNECT, f"connection refused by {netloc}"
-    reason = error.strerror if error is not None else "no address"
-    return Break.CONNECT, f"no connection to {netloc}: {(reason or 'unknown error').lower()}"
-
-
-def _how_it_ended(error: OSError | None, status: int, silent: bool) -> str:
-    how = "the server reset the connection" if error is not None else "the server closed the connection"
-    if silent:
-        return f"{how} before it answered"
-    return f"{how} in the middle of the {'reply' if status else 'response head'}"

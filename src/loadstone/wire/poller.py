@@ -3,8 +3,9 @@
 Theory of operation. At tens of thousands of chunks a second, waking up for each costs more than reading it. The
 kernel has stamped its arrival already, so nothing is lost by reading a moment later: while reads come thicker than one
 in 50 µs the poller rests 0.5 ms after each round, and the next round finds them together (a network card's interrupt
-moderation, one floor up). It does not rest after a round in which a reply ended, because a slot waits to be refilled,
-nor where there are no kernel stamps, because then the time of reading is the figure.
+moderation, one floor up). A planned send may be late by that much, and is recorded so. It does not rest after a round
+in which a reply ended, because a slot waits to be refilled, nor where there are no kernel stamps, because then the
+time of reading is the figure.
 """
 
 import asyncio

@@ -6,7 +6,6 @@ been answered. What cannot be understood is answered 400, 413 or 431, and the co
 """
 
 import asyncio
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -158,19 +157,15 @@ class _Connection(asyncio.Protocol):
 
     # -- asyncio.Protocol ---------------------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
         self._server.connections.add(self)
         peer = transport.get_extra_info("peername")
         self._peer = peer[0] if isinstance(peer, tuple) else ""
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._server.connections.discard(self)
+        self._server.forget(self)
         if self._linger is not None:
             self._linger.cancel()
         self._queue.clear()
@@ -324,6 +319,7 @@ class HttpServer:
         self.max_body_bytes = max_body_bytes
         self.connections: set[_Connection] = set()
         self._listener: asyncio.Server | None = None
+        self._empty = asyncio.Event()
 
     async def start(self, host: str, port: int) -> int:
         """Listen; returns the port (a free one for 0). Raises OSError where the address cannot be had."""
@@ -337,10 +333,19 @@ class HttpServer:
         if self._listener is None:
             return
         self._listener.close()
-        for connection in list(self.connections):
+        self._empty.clear()
+        for connection in self.connections:
             connection.close()
+        if self.connections:
+            await self._empty.wait()
         await self._listener.wait_closed()
         self._listener = None
+
+    def forget(self, connection: _Connection) -> None:
+        """A connection has ended."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self._empty.set()
 
     def __repr__(self) -> str:
         state = "listening" if self._listener is not None else "stopped"

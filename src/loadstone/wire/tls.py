@@ -6,7 +6,7 @@ import ssl
 class TlsLayer:
     """The client side of one TLS connection over memory.
 
-    What TLS itself wants sent (``pending``) is the caller's to send. Errors are ``ssl.SSLError``; see ``describe``.
+    What TLS itself wants sent (``pending``) is the caller's to send. Errors are ``ssl.SSLError``.
     """
 
     __slots__ = ("_in", "_out", "_tls", "ended")
@@ -50,16 +50,6 @@ class TlsLayer:
     def pending(self) -> bytes:
         """Ciphertext that TLS itself wants sent: handshake, key updates, alerts."""
         return self._out.read()
-
-
-def describe(error: ssl.SSLError) -> str:
-    """The reason of a TLS failure in one line, without OpenSSL's source positions."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"TLS failed: certificate verify failed: {error.verify_message}"
-    reason = (error.reason or str(error)).replace("_", " ").lower()
-    if reason == "wrong version number":
-        return "TLS failed: the server does not speak TLS on this port (try http://)"
-    return f"TLS failed: {reason}"
 
 
 def client_context() -> ssl.SSLContext:
