@@ -188,6 +188,8 @@ static int listen_on_a_free_port(void) {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t size = sizeof address;
+    int one = 1;
+    setsockopt(fd, SOL_SOCKET, SO_TIMESTAMPNS, &one, sizeof one); /* the kernel goes on stamping while all are closed */
     if (bind(fd, (struct sockaddr *)&address, size) || listen(fd, 4096)) fatal("listen");
     getsockname(fd, (struct sockaddr *)&address, &size);
     printf("%d\n", ntohs(address.sin_port));

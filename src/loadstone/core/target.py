@@ -3,7 +3,7 @@
 import enum
 from array import array
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import zstandard
@@ -57,18 +57,19 @@ class ChunkLog:
     __slots__ = ("_blocks", "_lengths", "_recent", "_recent_bytes", "_stamps_ns")
 
     def __init__(self) -> None:
-        self._recent: list[tuple[int, bytes]] = []
+        self._recent: list[Any] = []
+        """Not yet packed: stamp, bytes, stamp, bytes … in one list, as most logs of short replies hold one pair."""
         self._recent_bytes = 0
         self._stamps_ns: array[int] | None = None
         self._lengths: array[int] | None = None
         self._blocks: list[bytes] | None = None
 
     def __len__(self) -> int:
-        return len(self._recent) + (len(self._stamps_ns) if self._stamps_ns is not None else 0)
+        return len(self._recent) // 2 + (len(self._stamps_ns) if self._stamps_ns is not None else 0)
 
     def append(self, t_ns: int, data: bytes) -> None:
         """Record ``data`` as received at ``t_ns`` (monotonic nanoseconds)."""
-        self._recent.append((t_ns, data))
+        self._recent += (t_ns, data)
         self._recent_bytes += len(data)
         if self._recent_bytes >= _BLOCK_BYTES:
             self._pack()
@@ -81,36 +82,45 @@ class ChunkLog:
     def _pack(self) -> None:
         if self._stamps_ns is None or self._lengths is None or self._blocks is None:
             self._stamps_ns, self._lengths, self._blocks = array("q"), array("I"), []
-        self._stamps_ns.extend([t_ns for t_ns, _ in self._recent])
-        self._lengths.extend([len(data) for _, data in self._recent])
-        self._blocks.append(_COMPRESS.compress(b"".join([data for _, data in self._recent])))
+        pieces = self._recent[1::2]
+        self._stamps_ns.extend(self._recent[0::2])
+        self._lengths.extend(map(len, pieces))
+        self._blocks.append(_COMPRESS.compress(b"".join(pieces)))
         self._recent = []
         self._recent_bytes = 0
 
     def first_ns(self) -> int:
         """Stamp of the first byte of the body, 0 where there is none."""
+        first_ns: int = 0
         if self._stamps_ns:
-            return self._stamps_ns[0]
-        return self._recent[0][0] if self._recent else 0
+            first_ns = self._stamps_ns[0]
+        elif self._recent:
+            first_ns = self._recent[0]
+        return first_ns
 
     def last_ns(self) -> int:
         """Stamp of the last byte of the body, 0 where there is none."""
+        last_ns: int = 0
         if self._recent:
-            return self._recent[-1][0]
-        return self._stamps_ns[-1] if self._stamps_ns else 0
+            last_ns = self._recent[-2]
+        elif self._stamps_ns:
+            last_ns = self._stamps_ns[-1]
+        return last_ns
 
     def body(self) -> bytes:
         """The whole body."""
-        packed = [_DECOMPRESS.decompress(block) for block in self._blocks or ()]
-        return b"".join(packed + [data for _, data in self._recent])
+        return self._packed() + b"".join(self._recent[1::2])
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        body = b"".join([_DECOMPRESS.decompress(block) for block in self._blocks or ()])
+        packed = self._packed()
         start = 0
         for t_ns, length in zip(self._stamps_ns or (), self._lengths or (), strict=True):
-            yield t_ns, body[start : start + length]
+            yield t_ns, packed[start : start + length]
             start += length
-        yield from self._recent
+        yield from zip(self._recent[0::2], self._recent[1::2], strict=True)
+
+    def _packed(self) -> bytes:
+        return b"".join([_DECOMPRESS.decompress(block) for block in self._blocks or ()])
 
     def __repr__(self) -> str:
         return f"<ChunkLog {len(self)} chunks>"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from loadstone.core.limits import Evidence, EvidenceLevel, Limits, LimitsFile, derive_limits, recommend
+from loadstone.core.settings import RuleSettings
 from loadstone.core.verdict import BestEfficiency, GainLine, LevelKind, LevelRow, RunVerdict, Verdict
 from loadstone.measure.curve import Curve
 from loadstone.measure.points import Point, judge_level
@@ -148,7 +149,8 @@ def _best_efficiency(points: Sequence[Point]) -> BestEfficiency | None:
 def _gain_line(candidate: Candidate | None, points: Sequence[Point], settings: SearchSettings) -> GainLine | None:
     estimate = candidate.gain if candidate else None
     if estimate is None:
-        estimate = Curve.of(points).gain(settings.rules.min_gain)
+        # Shown even where the rule is off: the knee is worth knowing.
+        estimate = Curve.of(points).gain_under_line(settings.rules.min_gain or RuleSettings.min_gain)
     if estimate is None or not estimate.reached:
         return None
     high = estimate.high if math.isfinite(estimate.high) else estimate.line

@@ -18,12 +18,13 @@ class ReplyReader:
     Raises ``httptools.HttpParserError`` from ``feed`` where the bytes are not HTTP/1.1.
     """
 
-    __slots__ = ("_exchange", "_framed", "_parser", "complete", "feed", "on_body", "parts", "reusable")
+    __slots__ = ("_exchange", "_framed", "_headers", "_parser", "complete", "feed", "on_body", "parts", "reusable")
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
         self.on_body = self.parts.append
         self._exchange: Exchange | None = None
+        self._headers: dict[bytes, bytes] = {}
         self._framed = False
         self.complete = True
         self.reusable = True
@@ -56,8 +57,14 @@ class ReplyReader:
 
     def on_headers_complete(self) -> None:
         status: int = self._parser.get_status_code()
-        if status >= 200 and self._exchange is not None and not self.complete:
-            self._exchange.status = status
+        exchange = self._exchange
+        if status < 200 or exchange is None or self.complete:
+            return
+        exchange.status = status
+        if exchange.headers == self._headers:  # one dict for all alike: it would be a third of a short exchange
+            exchange.headers = self._headers
+        else:
+            self._headers = exchange.headers
 
     def on_message_complete(self) -> None:
         if self.complete or self._exchange is None:
