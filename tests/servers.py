@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MODEL = "stub"
-CERTIFICATE = Path(__file__).parent / "data" / "self_signed.pem"
+TLS = Path(__file__).parent / "data" / "tls"
+"""A self-signed certificate and its key."""
 DONE = b"data: [DONE]\n\n"
 
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}
@@ -278,5 +279,5 @@ def serving(
 
 def _tls_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(CERTIFICATE)
+    context.load_cert_chain(TLS / "server.crt", TLS / "server.key")
     return context

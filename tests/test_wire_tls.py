@@ -78,7 +78,7 @@ def test_a_certificate_that_nobody_vouches_for() -> None:
     exchange = send_to(server_context(), client_context())
     assert (exchange.broken, exchange.error) == (
         Break.TLS,
-        "TLS failed: certificate verify failed: self-signed certificate",
+        "TLS failed: certificate verify failed: self-signed certificate (SSL_CERT_FILE names those to trust)",
     )
 
 

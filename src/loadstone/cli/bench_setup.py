@@ -12,6 +12,7 @@ from typing import Any
 from loadstone.cli.bench_settings import BenchSettings
 from loadstone.core.api.endpoint import BodyOptions, Endpoint
 from loadstone.core.errors import UsageError
+from loadstone.core.settings import TIMEOUT_RANGE_S, check_range
 from loadstone.measure.arrivals import Arrivals
 from loadstone.measure.backends import resolve_endpoint
 from loadstone.measure.bench import BenchPlan, plan_notes
@@ -93,8 +94,7 @@ def _check_counts(settings: BenchSettings) -> None:
         raise UsageError(f"--max-concurrency {settings.max_concurrency} must be at least 1 (leave it out for no bound)")
     if settings.num_warmups < 0:
         raise UsageError(f"--num-warmups {settings.num_warmups} must be at least 0")
-    if not settings.request_timeout_s > 0:
-        raise UsageError(f"--request-timeout-s {settings.request_timeout_s:g} must be greater than 0")
+    check_range("--request-timeout-s", settings.request_timeout_s, *TIMEOUT_RANGE_S)
 
 
 def _in_url(host: str) -> str:

@@ -1,6 +1,7 @@
 """The command line: one function for each verb, imported when it is called."""
 
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from cyclopts import App, CycloptsError
 from cyclopts.config import Env, Toml
 
 from loadstone import __version__
-from loadstone.core.errors import EXIT_INTERRUPTED, EXIT_USAGE, LoadstoneError
+from loadstone.core.errors import EXIT_INTERRUPTED, EXIT_USAGE, LoadstoneError, UsageError
 
 _CONFIG_FILE = "loadstone.toml"
 _HELP = "How many concurrent requests can my model server take? Measure it, and hold the server to it."
@@ -16,6 +17,8 @@ _VERBS = {
     "demo": "Embedded engine, search, report: nothing to configure, about a minute.",
     "find": "Find how many concurrent requests the server takes.",
     "bench": "Measure one level: flags, output and JSON of `vllm bench serve`.",
+    "rate": "Find the smallest concurrency that sustains a request rate.",
+    "judge": "Judge a run again from its records, or a folder of benchmark results.",
     "report": "Write the page and the picture of a run again.",
     "compare": "Hold two runs against each other.",
     "sim": "Run a simulated model server on a real port.",
@@ -53,13 +56,24 @@ def build_app(config_file: Path | None) -> App:
 
 
 def _config_file(tokens: list[str]) -> Path | None:
-    """``--config FILE``, taken out of ``tokens``, else the one in the current folder."""
+    """``--config FILE``, taken out of ``tokens``, else the one in the current folder. Raises UsageError."""
     for position, token in enumerate(tokens):
         if token == "--config" and position + 1 < len(tokens):
-            return Path(_take(tokens, position, 2)[1])
+            return _readable(Path(_take(tokens, position, 2)[1]))
         if token.startswith("--config="):
-            return Path(_take(tokens, position, 1)[0].removeprefix("--config="))
-    return Path(_CONFIG_FILE) if Path(_CONFIG_FILE).is_file() else None
+            return _readable(Path(_take(tokens, position, 1)[0].removeprefix("--config=")))
+    return _readable(Path(_CONFIG_FILE)) if Path(_CONFIG_FILE).is_file() else None
+
+
+def _readable(path: Path) -> Path:
+    """``path``, where it holds TOML: what reads it later does not name the file."""
+    try:
+        tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"configuration file {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"configuration file {path} cannot be read: {error}") from None
+    return path
 
 
 def _take(tokens: list[str], position: int, count: int) -> list[str]:

@@ -30,8 +30,9 @@ _MARKS = {
 
 
 @contextmanager
-def progress(quiet: bool, stream: TextIO = sys.stderr) -> Iterator[Watcher]:
-    """The watcher that suits ``stream``; the live display is taken down at the end, whatever ends it."""
+def progress(quiet: bool, stream: TextIO | None = None) -> Iterator[Watcher]:
+    """The watcher that suits ``stream`` (standard error); the live display is taken down, whatever ends it."""
+    stream = stream or sys.stderr
     if quiet:
         yield Silent()
     elif not stream.isatty():

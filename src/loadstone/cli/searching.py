@@ -3,7 +3,8 @@
 import asyncio
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from rich.console import Console
 from loadstone.cli.command import shown_command
 from loadstone.cli.progress import progress
 from loadstone.core.errors import EXIT_INTERRUPTED
+from loadstone.core.settings import ServerSettings
 from loadstone.core.verdict import RunVerdict
 from loadstone.measure.find import FindSettings, exit_status, find
 from loadstone.measure.runs import LIMITS_FILE, RunFolder
-from loadstone.measure.server import connect_server
+from loadstone.measure.server import Server, connect_server
 from loadstone.measure.steady import LevelData
 from loadstone.report.page import write_report
 from loadstone.report.tables import print_answer
@@ -73,21 +75,29 @@ async def _find(
     quiet: bool,
     earlier: Sequence[LevelData],
 ) -> RunVerdict:
+    async with connected(settings.server, secrets) as server:
+        with progress(quiet) as watcher:
+            return await find(
+                server,
+                settings,
+                open_folder,
+                watcher,
+                command=shown_command(sys.argv),
+                admin=bool(secrets.admin_key),
+                earlier=earlier,
+            )
+
+
+@asynccontextmanager
+async def connected(settings: ServerSettings, secrets: Secrets) -> AsyncIterator[Server]:
+    """The server, ready to be measured: open files raised, garbage collection paused."""
     raise_open_files()
     clock = MonotonicClock(asyncio.get_running_loop())
     try:
-        server = await connect_server(settings.server, clock, api_key=secrets.api_key, admin_key=secrets.admin_key)
+        server = await connect_server(settings, clock, api_key=secrets.api_key, admin_key=secrets.admin_key)
         try:
-            with progress(quiet) as watcher, paused_gc():
-                return await find(
-                    server,
-                    settings,
-                    open_folder,
-                    watcher,
-                    command=shown_command(sys.argv),
-                    admin=bool(secrets.admin_key),
-                    earlier=earlier,
-                )
+            with paused_gc():
+                yield server
         finally:
             server.close()
     finally:
@@ -100,9 +110,10 @@ def conclude(searched: Searched, *, quiet: bool, json: bool) -> int:
     if searched.verdict is None:
         print(f"loadstone: interrupted; go on with: loadstone find --resume {run}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    page, picture = write_report(searched.folder)
     if not quiet:
         print_answer(searched.verdict, Console())
+    page, picture = write_report(searched.folder)
+    if not quiet:
         print(f"\nreport   {page}\npicture  {picture}")
         limits = searched.folder / LIMITS_FILE
         if limits.is_file():

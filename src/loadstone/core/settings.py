@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from loadstone.core.errors import UsageError
 
 DEFAULT_LEVELS = "1,2,5,10,20,50,100,200,500,1000"
+TIMEOUT_RANGE_S = (0.001, 1e6)
 
 
 @dataclass(frozen=True)

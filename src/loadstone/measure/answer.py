@@ -11,7 +11,7 @@ from loadstone.core.verdict import BestEfficiency, GainLine, LevelKind, LevelRow
 from loadstone.measure.curve import Curve
 from loadstone.measure.points import Point, judge_level
 from loadstone.measure.rules import Judgement, Stance
-from loadstone.measure.search import Bracket, Candidate, SearchSettings, bracket_of, candidate_of
+from loadstone.measure.search import Ask, Bracket, Candidate, SearchSettings, ask, bracket_of, candidate_of
 from loadstone.measure.steady import LevelData, Metric, Summary, summarise
 
 EXPIRES_AFTER = timedelta(days=30)
@@ -96,20 +96,22 @@ def verdict_of(
     candidate = candidate_of(points, settings)
     measured = _measured(candidate, points)
     recommended = None if measured is None else recommend(measured, settings.headroom)
+    usable = _usable(levels, rows)
+    following = ask(points, settings)
     return RunVerdict(
         measured_max_concurrency=measured,
         recommended_concurrency=recommended,
-        half_of_failing=_half_of_failing(rows),
+        half_of_failing=_half_of_failing(points, settings),
         binding=_binding(candidate, bracket),
-        claim=_claim(candidate, bracket, points, levels, settings),
+        claim=_claim(candidate, bracket, points, usable, settings, following),
         best_efficiency=_best_efficiency(points),
         gain_line=_gain_line(candidate, points, settings),
         non_monotone=_non_monotone(points, bracket),
         peak_throughput_rps=max((p.throughput.rps for p in points if p.throughput), default=None),
         levels=rows,
-        sure=candidate is not None and _is_sure(candidate, bracket, points),
+        sure=candidate is not None and following is None and _is_sure(candidate, bracket, points),
         recommended_throughput_rps=_throughput_at(recommended, points),
-        notes=_notes(measured, recommended, candidate, points),
+        notes=_notes(measured, recommended, candidate, points, settings, following),
     )
 
 
@@ -133,8 +135,18 @@ def _binding(candidate: Candidate | None, bracket: Bracket) -> str:
     return "client" if bracket.high.verdict is Verdict.INVALID else bracket.high.rule
 
 
-def _half_of_failing(rows: Sequence[LevelRow]) -> int | None:
-    failing = [r.concurrency for r in rows if r.kind is LevelKind.LADDER and r.verdict is Verdict.FAIL]
+def _usable(levels: Sequence[LevelData], rows: Sequence[LevelRow]) -> list[LevelData]:
+    """Levels that ran to their end and were not voided; ``rows`` are theirs."""
+    return [
+        level
+        for level, row in zip(levels, rows, strict=True)
+        if level.complete and row.verdict is not Verdict.INVALID
+    ]
+
+
+def _half_of_failing(points: Sequence[Point], settings: SearchSettings) -> int | None:
+    """Of the lowest level of the ladder whose failure stands: one that passed when it was run again is none."""
+    failing = [p.concurrency for p in points if p.verdict is Verdict.FAIL and p.concurrency in settings.ladder]
     return failing[0] // 2 if failing else None
 
 
@@ -183,9 +195,9 @@ def _claim(
     points: Sequence[Point],
     levels: Sequence[LevelData],
     settings: SearchSettings,
+    following: Ask | None,
 ) -> str:
     """What was seen, in one sentence; never "95 % sure"."""
-    unresolved = [p for p in points if p.verdict is Verdict.UNRESOLVED]
     if candidate is None:
         if bracket.high is None:
             return "nothing was judged"
@@ -197,8 +209,11 @@ def _claim(
         parts.append(f"{gain} [{low:.0f}–{'?' if math.isinf(high) else f'{high:.0f}'}]; nothing breaks there")
     elif bracket.high is not None:
         parts.append(f"{bracket.high.concurrency} {_fell(bracket.high)}: {bracket.high.reason}")
-    else:
+    elif following is None:
         parts.append("no level of the ladder failed: the line is above it")
+    else:
+        parts.append("no level that was run failed")
+    unresolved = [p for p in points if p.verdict is Verdict.UNRESOLVED and p.concurrency > candidate.concurrency]
     if unresolved and candidate.gain is None:
         parts.append(_unresolved(unresolved, candidate))
     return "; ".join(parts)
@@ -210,7 +225,7 @@ def _fell(point: Point) -> str:
 
 def _held(candidate: Candidate, points: Sequence[Point], levels: Sequence[LevelData], settings: SearchSettings) -> str:
     here = _at(candidate.concurrency, points)
-    same = [x for x in levels if x.meta.concurrency == candidate.concurrency and x.complete]
+    same = [x for x in levels if x.meta.concurrency == candidate.concurrency]
     if here is None or not same:
         return f"{candidate.concurrency} lies between levels that held"
     summary = summarise(same)
@@ -232,14 +247,18 @@ def _notes(
     recommended: int | None,
     candidate: Candidate | None,
     points: Sequence[Point],
+    settings: SearchSettings,
+    following: Ask | None,
 ) -> list[str]:
     notes: list[str] = []
+    if following is not None:
+        notes.append(f"the search has not ended: {following.concurrency} would be run next ({following.why})")
     if candidate is None or measured is None or recommended is None:
         return notes
-    if not 0.7 * measured <= recommended <= 0.8 * measured:
-        notes.append(
-            f"no whole number lies between 70 % and 80 % of {measured}: {recommended} is the nearest that leaves room"
-        )
+    low, high = settings.headroom - HEADROOM_BAND, min(settings.headroom + HEADROOM_BAND, 1.0)
+    if not low * measured - 1e-9 <= recommended <= high * measured + 1e-9:
+        between = f"{100 * low:.0f} % and {100 * high:.0f} %"
+        notes.append(f"no whole number lies between {between} of {measured}: {recommended} is the nearest below")
     at_line, at_recommended = _throughput_at(candidate.concurrency, points), _throughput_at(recommended, points)
     if at_line and at_recommended:
         share = at_recommended / at_line
@@ -250,7 +269,7 @@ def _notes(
         notes.append(f"the gain rule binds: nothing breaks at {measured}, more concurrency only buys little")
     if candidate.binding == "client":
         notes.append("the generator was the bottleneck above this: the answer is a lower bound")
-    if candidate.binding == "ladder":
+    if candidate.binding == "ladder" and following is None:
         notes.append("no level of the ladder failed: the answer is a lower bound, --levels may reach higher")
     return notes
 
@@ -267,7 +286,7 @@ def limits_of(
     measured, recommended = verdict.measured_max_concurrency, verdict.recommended_concurrency
     if measured is None or recommended is None:
         return None
-    same = [level for level in levels if level.meta.concurrency == recommended and level.complete]
+    same = [level for level in _usable(levels, verdict.levels) if level.meta.concurrency == recommended]
     limits = Limits(max_concurrency=recommended, request_timeout_s=request_timeout_s)
     if same:
         limits = _derived(summarise(same), recommended, settings, request_timeout_s)
@@ -294,7 +313,7 @@ def _derived(summary: Summary, recommended: int, settings: SearchSettings, timeo
     latency_s = summary.e2el.mean_ms / 1e3
     limit_ms = settings.rules.max_ttft_ms
     if summary.streams and limit_ms is not None and summary.ttft.values_ms.size:
-        wait_s = (limit_ms - summary.ttft.mean_ms) / 1e3
+        wait_s = (limit_ms - summary.ttft.stat(settings.rules.ttft_stat)[0]) / 1e3
     else:
         wait_s = latency_s
     p99_ms = summary.e2el.quantile_ms(0.99)
@@ -303,8 +322,9 @@ def _derived(summary: Summary, recommended: int, settings: SearchSettings, timeo
 
 
 def _evidence_levels(rows: Sequence[LevelRow]) -> list[EvidenceLevel]:
-    """The measured curve: the last run at each concurrency that has a throughput."""
-    latest = {row.concurrency: row for row in rows if row.throughput_rps is not None}
+    """The measured curve: the last run at each concurrency that has a throughput and was not voided."""
+    valid = (row for row in rows if row.verdict is not Verdict.INVALID)
+    latest = {row.concurrency: row for row in valid if row.throughput_rps is not None}
     return [
         EvidenceLevel(
             concurrency=row.concurrency,

@@ -26,6 +26,8 @@ class BenchPlan:
     num_warmups: int = 0
     seed: int = 0
     keep_text: bool = False
+    level: int = 0
+    """Of the workload: another one has other texts."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ async def run_bench(
     if plan.num_warmups:
         warm_ups = [workload.request(WARM_UPS, index) for index in range(plan.num_warmups)]
         await play(target, clock, warm_ups, [0] * plan.num_warmups, plan.max_concurrency)
-    requests = [workload.request(0, index) for index in range(plan.num_prompts)]
+    requests = [workload.request(plan.level, index) for index in range(plan.num_prompts)]
     offsets = offsets_ns(plan.arrivals, plan.num_prompts, plan.seed)
     t0_ns = clock.now_ns()
     exchanges = await play(target, clock, requests, offsets, plan.max_concurrency, on_done)

@@ -16,6 +16,8 @@ from loadstone.measure.texts import PROBES, Sizing, WordTexts, sizing_through
 FEW_WORDS = 8
 MANY_WORDS = 40
 _CORRECTIONS = 2
+_TOO_LONG = (400, 413, 422)
+"""How servers say, among other things, that a prompt does not fit."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,11 @@ class _Gauge:
     async def tokens(self, prompt: Prompt) -> int | None:
         """None where the server reports no usage. Raises RefusedError where it refuses the prompt."""
         body = self.endpoint.build(prompt, 1, replace(self.options, stream=False))
-        _, reply = await send_with_retries(self.send, self.endpoint, Request(path=self.path, body=body, index=0))
+        request = Request(path=self.path, body=body, index=0)
+        exchange, reply = await send_with_retries(self.send, self.endpoint, request)
         if reply.outcome is not Outcome.OK:
-            raise RefusedError(f"the server fails a prompt of {_words(prompt)} words: {reply.error}; a shorter one?")
+            remedy = "; a shorter one?" if exchange.status in _TOO_LONG else ""
+            raise RefusedError(f"the server fails a prompt of {_words(prompt)} words: {reply.error}{remedy}")
         return reply.input_tokens
 
 

@@ -52,8 +52,10 @@ class Curve:
         flat = self._continued(0.0).gain(min_gain)
         likely = self._continued(_bent(last)).gain(min_gain)
         steep = self._continued(last).gain(min_gain)
-        if flat is None or likely is None or steep is None or not likely.reached:
+        if flat is None or likely is None or steep is None or not flat.reached:
             return measured
+        if not likely.reached:
+            return GainEstimate(max(measured.line, flat.line), flat.low, math.inf, False)
         # Beyond the last level nothing is known; a line that lies there does not bind.
         high = max(likely.high, steep.high) if steep.reached else math.inf
         return GainEstimate(likely.line, min(flat.low, likely.low), high, likely.line < self.ns[-1])

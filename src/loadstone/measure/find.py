@@ -29,9 +29,9 @@ from loadstone.measure.level import LevelPlan
 from loadstone.measure.prepare import Prepared, prepare
 from loadstone.measure.probe import Rehearsal, first_model, rehearse
 from loadstone.measure.rules import Rules, Slo
-from loadstone.measure.runner import LevelResult, LevelRunner, RunnerSettings
+from loadstone.measure.runner import LevelRunner, RunnerSettings
 from loadstone.measure.runs import RunFolder
-from loadstone.measure.search import SearchSettings
+from loadstone.measure.search import Ask, SearchSettings
 from loadstone.measure.server import Server
 from loadstone.measure.steady import LevelData
 from loadstone.measure.telemetry import Telemetry
@@ -63,6 +63,11 @@ def search_settings(rules: RuleSettings, ladder: LadderSettings, streams: bool) 
     check_range("--resolution", rules.resolution, 0.001, 0.5)
     check_range("--headroom", rules.headroom, 0.05, 1.0)
     check_range("--requests-per-slot", ladder.requests_per_slot, 3, 100_000)
+    check_range("--max-level-seconds", ladder.max_level_seconds, 0.0, 1e6)
+    check_range("--max-kv-use", rules.max_kv_use, 0.0, 1.0)
+    check_range("--max-gpu-memory", rules.max_gpu_memory, 0.0, 1.0)
+    for flag, limit_ms in (("--max-ttft-ms", rules.max_ttft_ms), ("--max-e2el-ms", rules.max_e2el_ms)):
+        check_range(flag, limit_ms, 0.0, 1e9)
     if rules.ttft_stat not in ("mean", "p50", "p95", "p99"):
         raise UsageError(f"--ttft-stat {rules.ttft_stat}: choose mean, p50, p95 or p99")
     return SearchSettings(
@@ -198,7 +203,7 @@ async def find(
     if not earlier:
         folder.write_run(run_document(settings, ready, command, now()))
     book = RunBook(search, earlier)
-    runner = _runner(server, settings, ready, search, watcher, admin)
+    runner = level_runner(server, settings, ready, search, watcher, admin)
     try:
         await _search(book, runner, folder, watcher, settings)
     finally:
@@ -213,27 +218,32 @@ async def _search(
     book: RunBook, runner: LevelRunner, folder: RunFolder, watcher: Watcher, settings: FindSettings
 ) -> None:
     while (wanted := book.ask()) is not None:
-        plan = LevelPlan(
-            ordinal=len(book.levels) + 1,
-            kind=wanted.kind,
-            concurrency=wanted.concurrency,
-            requests=wanted.requests,
-            stance=wanted.stance,
-            may_stop_early=wanted.may_stop_early,
-            window_times=wanted.window_times,
-        )
         watcher.note(f"{wanted.concurrency}: {wanted.why}")
-        result = await runner.run(plan)
-        folder.write_level(result.data, result.samples, _level_json(result, settings))
+        result = await runner.run(level_plan(wanted, len(book.levels) + 1))
+        folder.write_level(result.data, result.samples, level_json(result.data, settings))
         watcher.level_decided(book.add(result.data))
         if runner.gate_reason:
             watcher.note(f"the gate refuses ({runner.gate_reason}): the search ends, its limit is not the server's")
             return
 
 
-def _runner(
+def level_plan(wanted: Ask, ordinal: int) -> LevelPlan:
+    """The level that was asked for, as the ``ordinal``-th of its run."""
+    return LevelPlan(
+        ordinal=ordinal,
+        kind=wanted.kind,
+        concurrency=wanted.concurrency,
+        requests=wanted.requests,
+        stance=wanted.stance,
+        may_stop_early=wanted.may_stop_early,
+        window_times=wanted.window_times,
+    )
+
+
+def level_runner(
     server: Server, settings: FindSettings, ready: Ready, search: SearchSettings, watcher: Watcher, admin: bool
 ) -> LevelRunner:
+    """What runs the levels of this search; close it in the end."""
     return LevelRunner(
         server.target,
         server.clock,
@@ -270,8 +280,7 @@ def conclude(book: RunBook, folder: RunFolder, settings: FindSettings, subject: 
     verdict = book.verdict()
     folder.write_verdict(verdict)
     limits = limits_of(verdict, book.levels, book.settings, subject, settings.server.request_timeout_s, now)
-    if limits is not None:
-        folder.write_limits(limits)
+    folder.write_limits(limits)
     return verdict
 
 
@@ -279,8 +288,8 @@ def exit_status(verdict: RunVerdict) -> int:
     """0 found; 1 the server failed at the first level; 4 no level could be judged."""
     if verdict.measured_max_concurrency is not None:
         return EXIT_OK
-    judged = any(row.verdict is not Verdict.INVALID for row in verdict.levels)
-    return EXIT_FAILED if judged else EXIT_INVALID
+    failed = any(row.verdict is Verdict.FAIL for row in verdict.levels)
+    return EXIT_FAILED if failed else EXIT_INVALID
 
 
 def run_document(settings: FindSettings, ready: Ready, command: str, now: datetime) -> dict[str, Any]:
@@ -313,10 +322,10 @@ def settings_of(document: Mapping[str, Any], name: str) -> FindSettings:
         raise UsageError(f"{name}: the settings cannot be read ({error})") from None
 
 
-def _level_json(result: LevelResult, settings: FindSettings) -> dict[str, Any]:
+def level_json(data: LevelData, settings: FindSettings, request_rate: float = math.inf) -> dict[str, Any]:
     """The benchmark JSON over the whole level, what we cut left out."""
-    meta = result.data.meta
-    records = [record for record in result.data.records if record.outcome is not Outcome.CUT]
+    meta = data.meta
+    records = [record for record in data.records if record.outcome is not Outcome.CUT]
     backend = {"chat": "openai-chat", "completions": "openai", "embeddings": "openai-embeddings"}
     pooling = meta.endpoint in ("embeddings", "rerank")
     result_settings = ResultSettings(
@@ -325,7 +334,7 @@ def _level_json(result: LevelResult, settings: FindSettings) -> dict[str, Any]:
         model_id=settings.server.model,
         num_prompts=len(records),
         tokenizer_id=settings.data.tokenizer or None,
-        request_rate=math.inf,
+        request_rate=request_rate,
         max_concurrency=meta.concurrency,
         pooling=pooling,
         metrics=("e2el",) if pooling else ("ttft", "tpot", "itl", "e2el"),

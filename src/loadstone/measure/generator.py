@@ -131,6 +131,8 @@ class ClosedLoop:
         self._open: set[int] = set()
         self._timers: dict[int, Timer] = {}
         self._in_flight: dict[int, Exchange] = {}
+        self._freed_ns: dict[int, int] = {}
+        """Last byte of the request before the one in flight, by slot; none where the slot had paused or just opened."""
         self._pause_ns = PAUSE_MIN_NS
 
     def __repr__(self) -> str:
@@ -202,8 +204,8 @@ class ClosedLoop:
         exchange = Exchange(self._next_request())
         exchange.slot = slot
         exchange.planned_ns = planned_ns
-        # The turn-around is known only after the write; until then the slot's last byte stands in its place.
-        exchange.turnaround_ns = -1 if freed_ns is None else freed_ns
+        if freed_ns is not None:
+            self._freed_ns[slot] = freed_ns
         self._in_flight[slot] = exchange
         self._on_send(exchange)
         self._target.start(exchange, self._done)
@@ -211,8 +213,9 @@ class ClosedLoop:
     def _done(self, exchange: Exchange) -> None:
         slot = exchange.slot
         del self._in_flight[slot]
-        if exchange.turnaround_ns >= 0:
-            exchange.turnaround_ns = max(0, exchange.sent_ns - exchange.turnaround_ns) if exchange.sent_ns else -1
+        freed_ns = self._freed_ns.pop(slot, None)
+        if freed_ns is not None and exchange.sent_ns:
+            exchange.turnaround_ns = max(0, exchange.sent_ns - freed_ns)
         if slot >= self._size:
             self._open.discard(slot)
             self._on_done(exchange)

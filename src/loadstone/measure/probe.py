@@ -29,6 +29,7 @@ PROBE_OUTPUT_TOKENS = 4
 _TRIES = 3
 _PAUSE_S = 0.5
 _READY_PAUSE_S = 1.0
+_EVENTS = b"text/event-stream"
 _STRAY = frozenset({Outcome.REFUSED, Outcome.HTTP_ERROR, Outcome.DISCONNECT, Outcome.MALFORMED})
 
 
@@ -106,8 +107,15 @@ async def probe(
         streams=reply.first_choice_ns is not None,
         has_usage=reply.input_tokens is not None,
         through_gate=exchange.headers.get(b"server", b"").lower().startswith(b"loadstone"),
-        notes=tuple(f"the server rejects {name}: measured without it" for name in sorted(dropped)),
+        notes=_notes(dropped, reply),
     )
+
+
+def _notes(dropped: frozenset[str], reply: Reply) -> tuple[str, ...]:
+    notes = [f"the server rejects {name}: measured without it" for name in sorted(dropped)]
+    if reply.first_choice_ns is not None and reply.first_content_ns is None:
+        notes.append("the first reply has no content: a reply like that has no time to first token")
+    return tuple(notes)
 
 
 async def when_ready(attempt: Callable[[], Awaitable[T]], timeout_s: float) -> T:
@@ -136,8 +144,12 @@ async def rehearse(send: Send, endpoint: Endpoint, request: Request) -> Rehearsa
 
 
 async def first_model(fetch: Fetch) -> str:
-    """The first model that ``/v1/models`` names; raises RefusedError where it names none."""
-    names = await model_names(fetch)
+    """The first model that ``/v1/models`` names; raises RefusedError where it names none, UnreachableError."""
+    try:
+        names = await model_names(fetch)
+    except UnreachableError as error:
+        remedy = "is the server running? check --base-url (host, port, http or https)"
+        raise UnreachableError(f"no list of models: {error}; {remedy}") from None
     if not names:
         raise RefusedError("the server names no model at /v1/models; give --model NAME")
     return names[0]
@@ -205,17 +217,29 @@ async def _explain(exchange: Exchange, reply: Reply, fetch: Fetch, path: str, mo
     if status in (401, 403):
         raise RefusedError(f"{base_url} refuses us ({reply.error}); give --api-key or set OPENAI_API_KEY")
     if status in (400, 404):
-        known = await model_names(fetch)
+        known = await _known_models(fetch)
         if known and model not in known:
             names = ", ".join(known[:8])
             raise RefusedError(f"{base_url} has no model {model!r} ({reply.error}); it has: {names} (--model)")
     if status in (404, 405):
-        raise RefusedError(f"{base_url} does not serve {path} ({reply.error}); check --base-url and --endpoint")
+        raise RefusedError(
+            f"{base_url} does not serve {path} ({reply.error}); check --base-url, --endpoint and --model"
+        )
+    if reply.outcome is Outcome.MALFORMED and exchange.headers.get(b"content-type", b"").startswith(_EVENTS):
+        raise RefusedError(f"{base_url} fails the first request ({reply.error}); its log should say why")
     if reply.outcome is Outcome.MALFORMED:
         raise UnreachableError(f"{base_url}{path} does not speak the OpenAI API: {reply.error}; check --base-url")
     if reply.outcome is Outcome.REFUSED:
         raise RefusedError(f"{base_url} takes no work ({reply.error}); wait until it is ready and idle")
     raise RefusedError(f"{base_url} rejects the first request ({reply.error})")
+
+
+async def _known_models(fetch: Fetch) -> list[str]:
+    """To explain a no by: nothing where the list is not to be had."""
+    try:
+        return await model_names(fetch)
+    except LoadstoneError:
+        return []
 
 
 _BREAK_TEXTS = {

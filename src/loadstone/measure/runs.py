@@ -16,7 +16,7 @@ import msgspec
 import tomli_w
 import zstandard
 
-from loadstone.core.errors import LoadstoneError, UsageError
+from loadstone.core.errors import UsageError
 from loadstone.core.limits import LimitsFile, dumps
 from loadstone.core.records import RequestRecord
 from loadstone.core.verdict import RunVerdict
@@ -30,16 +30,26 @@ _RECORDS = "records.jsonl.zst"
 _TELEMETRY = "telemetry.jsonl.zst"
 _RESULT = "result.json"
 
+_DISK_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+}
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 def check_out(out: str) -> None:
     """Raises UsageError where the folder ``out`` cannot be used; asks before anything is measured."""
     path = Path(out or "runs")
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    try:
+        nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        used = bool(out) and path.is_dir() and any(path.iterdir())
+    except OSError as error:
+        raise UsageError(f"--out {path} cannot be used: {error.strerror}; name another folder") from None
     if not nearest.is_dir():
         raise UsageError(f"--out {path}: {nearest} is a file; name a folder that is empty or does not exist")
-    if out and path.is_dir() and any(path.iterdir()):
+    if used:
         raise UsageError(f"--out {path} is not empty; name another folder, or go on with it by --resume {path}")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"--out {path} cannot be written: no permission in {nearest}; name another folder")
@@ -50,7 +60,8 @@ def create_run(out: str, name: str, now: datetime) -> "RunFolder":
     check_out(out)
     path = Path(out) if out else Path("runs") / f"{now:%Y%m%d-%H%M%S}-{slug(name)}"
     try:
-        (path / "levels").mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=bool(out))
+        (path / "levels").mkdir(exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {path} cannot be written: {error.strerror}; name another folder") from None
     return RunFolder(path)
@@ -96,9 +107,17 @@ class RunFolder:
         self._replace(folder / _RESULT, msgspec.json.format(msgspec.json.encode(document)))
 
     def write_verdict(self, verdict: RunVerdict) -> None:
-        self._replace(self.path / VERDICT_FILE, msgspec.json.format(msgspec.json.encode(verdict)))
+        self.write_document(VERDICT_FILE, verdict)
 
-    def write_limits(self, limits: LimitsFile) -> None:
+    def write_document(self, name: str, document: msgspec.Struct) -> None:
+        """One more JSON file of the run."""
+        self._replace(self.path / name, msgspec.json.format(msgspec.json.encode(document)))
+
+    def write_limits(self, limits: LimitsFile | None) -> None:
+        """None: where nothing passed there are no limits, and none of an earlier verdict must be left."""
+        if limits is None:
+            (self.path / LIMITS_FILE).unlink(missing_ok=True)
+            return
         self._replace(self.path / LIMITS_FILE, dumps(limits).encode())
 
     def _level_folder(self, meta: LevelMeta) -> Path:
@@ -106,9 +125,13 @@ class RunFolder:
 
     def _write_lines(self, path: Path, items: Sequence[msgspec.Struct]) -> None:
         encoder = msgspec.json.Encoder()
-        with _disk_errors(path), path.open("wb") as file, zstandard.ZstdCompressor(3).stream_writer(file) as out:
-            for item in items:
-                out.write(encoder.encode(item) + b"\n")
+        compressor = zstandard.ZstdCompressor(3, write_checksum=True)
+        with _disk_errors(path), path.open("wb") as file:
+            with compressor.stream_writer(file, closefd=False) as out:
+                for item in items:
+                    out.write(encoder.encode(item) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _replace(self, path: Path, data: bytes) -> None:
         """Whole or not at all, even when the power fails."""
@@ -152,20 +175,27 @@ class _Result(msgspec.Struct):
 def _decoded(path: Path, kind: type[_Result]) -> _Result:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _unreadable(path, str(error)) from None
 
 
 def _lines(path: Path, kind: type[T]) -> Iterator[T]:
     decoder = msgspec.json.Decoder(kind)
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    rest = b""
     try:
-        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-            rest = b""
-            while piece := stream.read(1 << 20):
-                *lines, rest = (rest + piece).split(b"\n")
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                *lines, rest = (rest + frame.decompress(piece)).split(b"\n")
                 yield from (decoder.decode(line) for line in lines)
-    except (OSError, zstandard.ZstdError, msgspec.DecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}; delete its folder to run that level again") from None
+    except (OSError, zstandard.ZstdError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _unreadable(path, str(error)) from None
+    if rest or not frame.eof:
+        raise _unreadable(path, "it ends too soon")
+
+
+def _unreadable(path: Path, why: str) -> UsageError:
+    return UsageError(f"{path} cannot be read: {why}; delete its folder to run that level again")
 
 
 @contextmanager
@@ -174,7 +204,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
-        raise LoadstoneError(
+        remedy = _DISK_REMEDIES.get(error.errno or 0, "check the folder")
+        raise UsageError(
             f"{path} cannot be written ({error.strerror}); the levels before it stand: {remedy} and go on with --resume"
         ) from None

@@ -31,6 +31,8 @@ MAX_STEPS_DOWN = 3
 MAX_BISECTIONS = 16
 MAX_GAIN_LEVELS = 6
 _CHEAP_RULES = ("success", "resource")
+_NEAR_ENOUGH = 0.08
+"""The recommended level (0.75 of the line) serves as the one half an octave below it (0.71)."""
 
 
 @dataclass(frozen=True)
@@ -105,22 +107,28 @@ def candidate_of(points: Sequence[Point], settings: SearchSettings) -> Candidate
         return None
     gain = binding_gain(points, bracket, settings)
     if gain is not None:
-        return Candidate(_settled_near(gain, points, settings) or round_line(gain.line), "gain", gain)
+        return Candidate(_whole_line(gain, points, settings), "gain", gain)
     binding = "ladder" if bracket.high is None else _binding(bracket.high)
     return Candidate(bracket.low.concurrency, binding, None)
 
 
-def _settled_near(gain: GainEstimate, points: Sequence[Point], settings: SearchSettings) -> int | None:
-    """A level that was confirmed as near to the line as the resolution: measuring there moves the line a little."""
-    near = [
-        p
-        for p in points
-        if p.verdict is Verdict.PASS
-        and p.requests >= _needed(p.concurrency, settings)
-        and abs(p.concurrency / gain.line - 1) <= settings.rules.resolution / 2
-    ]
-    closest = min(near, key=lambda p: abs(p.concurrency / gain.line - 1), default=None)
-    return None if closest is None else closest.concurrency
+def _whole_line(gain: GainEstimate, points: Sequence[Point], settings: SearchSettings) -> int:
+    """The gain line as a number of slots.
+
+    Every level measured near it moves it a little. Within half the resolution the level that was confirmed stands,
+    else one whose recommended level has been measured: a soft line is not worth chasing.
+    """
+    within = settings.rules.resolution / 2
+    near = range(max(1, math.ceil(gain.line * (1 - within))), math.floor(gain.line * (1 + within)) + 1)
+    by_distance = sorted(near, key=lambda n: abs(n - gain.line))
+    known = {p.concurrency: p for p in points if p.verdict is Verdict.PASS}
+    confirmed = [n for n in by_distance if n in known and known[n].requests >= _needed(n, settings)]
+    measured = [n for n in by_distance if _has_throughput(known.get(recommend(n, settings.headroom)))]
+    return next(iter([*confirmed, *measured]), round_line(gain.line))
+
+
+def _has_throughput(point: Point | None) -> bool:
+    return point is not None and point.throughput is not None
 
 
 def _needed(concurrency: int, settings: SearchSettings) -> int:
@@ -214,7 +222,7 @@ def _narrow(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
     if low is None or high is None or bracket.closed(settings.rules.resolution):
         return None
     gain = binding_gain(points, bracket, settings)
-    if gain is not None and gain.high < low.concurrency:
+    if gain is not None and gain.line * (1 + settings.rules.resolution) < low.concurrency:
         return None
     inside = [p for p in points if low.concurrency < p.concurrency < high.concurrency]
     if len(points) > len(settings.ladder) + MAX_BISECTIONS:
@@ -313,7 +321,11 @@ def _decide_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | Non
     if low is None or high is None or high.verdict is not Verdict.FAIL or low.concurrency in settings.ladder:
         return None
     estimate = Curve.of(points).gain_under_line(settings.rules.min_gain)
-    if estimate is None or not estimate.low < low.concurrency <= estimate.line:
+    if (
+        estimate is None
+        or estimate.low >= low.concurrency
+        or Curve.of(points).is_settled(estimate, settings.rules.resolution)
+    ):
         return None
     return _measuring(points, recommend(low.concurrency, settings.headroom), "does a doubling still pay below it?")
 
@@ -332,7 +344,7 @@ def _refine_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | Non
     known = {point.concurrency for point in points}
     line = candidate.gain.line
     for target in (round(line * math.sqrt(2)), max(1, round(line / math.sqrt(2)))):
-        if target < ceiling and target not in known and not curve.near(target, settings.rules.resolution):
+        if target < ceiling and target not in known and not curve.near(target, _NEAR_ENOUGH):
             why = f"half an octave beside the gain line near {round(line)}"
             return Ask(LevelKind.BISECT, target, BRACKET_REQUESTS * target, Stance.EXPLORE, why=why)
     return None
@@ -356,6 +368,9 @@ def _confirm(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
     candidate = candidate_of(points, settings)
     if candidate is None:
         return None
+    if candidate.gain is not None and (measuring := _recommended(points, settings)) is not None:
+        # It lies where a gain line is read from: known first, it does not move a line that was confirmed.
+        return measuring
     here = next((p for p in points if p.concurrency == candidate.concurrency), None)
     have = here.requests if here is not None else 0
     if have >= _needed(candidate.concurrency, settings) or (here is not None and here.runs > MAX_STEPS_DOWN):

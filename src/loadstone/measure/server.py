@@ -1,12 +1,13 @@
 """The server under test, as everything that measures sees it: over HTTP, or simulated in virtual time."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from loadstone.core.clock import Clock
 from loadstone.core.engine_metrics import read_engine_metrics
 from loadstone.core.errors import UnreachableError, UsageError
-from loadstone.core.settings import ServerSettings
+from loadstone.core.settings import TIMEOUT_RANGE_S, ServerSettings, check_range
 from loadstone.core.target import Exchange, Request, Target
 from loadstone.measure.machine import Machine
 from loadstone.measure.probe import Fetched
@@ -15,6 +16,8 @@ from loadstone.measure.telemetry import is_loopback
 from loadstone.wire.client import HttpTarget, connect_target
 
 ADMIN_HEADER = "X-Loadstone-Admin"
+_METRICS_WAIT_S = 5.0
+"""A page that never comes must not hold up the search for the length of a request's time-out."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ class Server:
         return self.machine is not None and is_loopback(self.base_url)
 
     async def metrics(self) -> str | None:
-        """Text of ``/metrics``; None where the server has none."""
+        """Text of ``/metrics``; None where the server has none, or none in time."""
         try:
-            reply = await self.fetch("GET", "/metrics")
-        except UnreachableError:
+            async with asyncio.timeout(_METRICS_WAIT_S):
+                reply = await self.fetch("GET", "/metrics")
+        except (UnreachableError, TimeoutError):
             return None
         return reply.body.decode("utf-8", "replace") if reply.status == 200 else None
 
@@ -57,6 +61,7 @@ class Server:
 
 async def connect_server(settings: ServerSettings, clock: Clock, *, api_key: str = "", admin_key: str = "") -> Server:
     """Resolve the server's name; nothing is sent yet. Raises UsageError and UnreachableError."""
+    check_range("--request-timeout-s", settings.request_timeout_s, *TIMEOUT_RANGE_S)
     headers = parse_headers(settings.header)
     if admin_key:
         headers[ADMIN_HEADER] = admin_key

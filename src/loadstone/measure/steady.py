@@ -32,6 +32,7 @@ from loadstone.measure.telemetry import ServerFigures
 STEADY_WAVES = 3
 """Fewer request times than this in a window and its throughput is not used."""
 Z_ONE_SIDED = 1.645
+_OURS = frozenset({Outcome.CUT, Outcome.CLIENT})
 
 
 class LevelMeta(msgspec.Struct, frozen=True):
@@ -68,10 +69,18 @@ class LevelData:
 
     @cached_property
     def judged(self) -> list[RequestRecord]:
-        """Requests sent in the window, in send order, those that we cut left out."""
+        """Requests sent in the window, in send order; what we cut, or failed to send, says nothing of the server."""
+        return sorted((r for r in self._sent_inside if r.outcome not in _OURS), key=lambda r: r.sent_s)
+
+    @cached_property
+    def client_failures(self) -> int:
+        """Requests of the window that failed on this machine."""
+        return sum(1 for r in self._sent_inside if r.outcome is Outcome.CLIENT)
+
+    @property
+    def _sent_inside(self) -> list[RequestRecord]:
         start_s, end_s = self.meta.window_start_s, self.meta.window_end_s
-        inside = [r for r in self.records if start_s <= r.sent_s < end_s and r.outcome is not Outcome.CUT]
-        return sorted(inside, key=lambda r: r.sent_s)
+        return [r for r in self.records if start_s <= r.sent_s < end_s]
 
     @property
     def duration_s(self) -> float:
@@ -211,7 +220,7 @@ def summarise(levels: Sequence[LevelData]) -> Summary:
         preempted_share=sum(level.server.preemptions or 0.0 for level in levels) / max(1, len(judged)),
         server=levels[-1].server,
         client=_client(levels),
-        client_failures=failures.get(Outcome.CLIENT, 0),
+        client_failures=sum(level.client_failures for level in levels),
         duration_s=sum(level.duration_s for level in levels),
         complete=any(level.complete for level in levels),
         stopped_early=levels[-1].meta.stopped_early,

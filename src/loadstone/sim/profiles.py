@@ -97,13 +97,6 @@ QUIET: tuple[Profile, ...] = (
     Profile("wide", base_s=0.008, per_decode_seq_s=0.000_03, max_num_seqs=2048),
     Profile("prefill-knee", base_s=0.008, per_decode_seq_s=0.000_05, per_prefill_token_s=0.000_03, max_num_seqs=512),
     _TTFT,
-    Profile(
-        "ttft-prefill",
-        base_s=0.200,
-        per_prefill_token_s=0.000_05,
-        max_num_seqs=1024,
-        default_output_tokens=64,
-    ),
     Profile("kv-bound", base_s=0.020, per_decode_seq_s=0.000_1, num_kv_blocks=1_900),
     Profile("refusing", base_s=0.012, per_decode_seq_s=0.000_05, max_num_seqs=512, refuse_beyond=100),
     Profile("short-queue", base_s=0.010, per_decode_seq_s=0.000_02, max_num_seqs=150, max_waiting=5),

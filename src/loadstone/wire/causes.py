@@ -37,7 +37,7 @@ def how_it_ended(error: OSError | None, status: int, silent: bool) -> str:
 def tls_failure(error: ssl.SSLError) -> str:
     """The reason of a TLS failure, without OpenSSL's source positions."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"TLS failed: certificate verify failed: {error.verify_message}"
+        return f"TLS failed: certificate verify failed: {error.verify_message} (SSL_CERT_FILE names those to trust)"
     reason = (error.reason or str(error)).replace("_", " ").lower()
     if reason in ("wrong version number", "record layer failure"):
         return "TLS failed: the server does not speak TLS on this port (try http://)"
