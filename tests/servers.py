@@ -192,8 +192,14 @@ class BadServer:
         self._token_s = token_s
         self._pages = {"/v1/models": _models, **pages}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: asyncio.Server | None = None
 
-    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def listen(self, tls: ssl.SSLContext | None) -> int:
+        self._listener = await asyncio.start_server(self._connected, "127.0.0.1", 0, ssl=tls)
+        port: int = self._listener.sockets[0].getsockname()[1]
+        return port
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -215,7 +221,10 @@ class BadServer:
         beyond = len(self.asked) - self._good
         await (self._behave if beyond > 0 and beyond % self._every == 0 else well)(asked, peer)
 
-    def stop(self) -> None:
+    def die(self) -> None:
+        """Listen no more, cut every connection."""
+        if self._listener is not None:
+            self._listener.close()
         for task in self._tasks:
             task.cancel()
 
@@ -256,13 +265,11 @@ def serving(
     started, stopped = threading.Event(), asyncio.Event()
 
     async def run() -> None:
-        listener = await asyncio.start_server(server.connected, "127.0.0.1", 0, ssl=_tls_context() if tls else None)
-        port = listener.sockets[0].getsockname()[1]
+        port = await server.listen(_tls_context() if tls else None)
         server.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
         started.set()
         await stopped.wait()
-        listener.close()
-        server.stop()
+        server.die()
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(others)
 

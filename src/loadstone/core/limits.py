@@ -146,7 +146,8 @@ def _in_toml_terms(message: str) -> str:
     return f"{where}: {what}" if where else what
 
 
-_BAND = 0.05
+HEADROOM_BAND = 0.05
+"""How far the recommended share may lie from the headroom asked for, to be a whole number."""
 _CHAT_QUEUE_AT_MOST = 20
 _LEAST_QUEUE_TIMEOUT_S = 0.1
 _P99 = 2.33
@@ -158,7 +159,7 @@ def recommend(measured: int, headroom: float = 0.75) -> int:
     Where that holds none, ⌊0.8N⌋ but at least 1. Another ``headroom`` moves the band, 0.05 to either side and not
     beyond N.
     """
-    low, high = (headroom - _BAND) * measured, min(headroom + _BAND, 1.0) * measured
+    low, high = (headroom - HEADROOM_BAND) * measured, min(headroom + HEADROOM_BAND, 1.0) * measured
     inside = range(max(1, math.ceil(low - 1e-9)), math.floor(high + 1e-9) + 1)
     if not inside:
         return max(1, math.floor(high + 1e-9))

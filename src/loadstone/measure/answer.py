@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from loadstone.core.limits import Evidence, EvidenceLevel, Limits, LimitsFile, derive_limits, recommend
+from loadstone.core.limits import (
+    HEADROOM_BAND,
+    Evidence,
+    EvidenceLevel,
+    Limits,
+    LimitsFile,
+    derive_limits,
+    recommend,
+)
 from loadstone.core.settings import RuleSettings
 from loadstone.core.verdict import BestEfficiency, GainLine, LevelKind, LevelRow, RunVerdict, Verdict
 from loadstone.measure.curve import Curve
@@ -138,9 +146,7 @@ def _binding(candidate: Candidate | None, bracket: Bracket) -> str:
 def _usable(levels: Sequence[LevelData], rows: Sequence[LevelRow]) -> list[LevelData]:
     """Levels that ran to their end and were not voided; ``rows`` are theirs."""
     return [
-        level
-        for level, row in zip(levels, rows, strict=True)
-        if level.complete and row.verdict is not Verdict.INVALID
+        level for level, row in zip(levels, rows, strict=True) if level.complete and row.verdict is not Verdict.INVALID
     ]
 
 
@@ -165,7 +171,8 @@ def _gain_line(candidate: Candidate | None, points: Sequence[Point], settings: S
         estimate = Curve.of(points).gain_under_line(settings.rules.min_gain or RuleSettings.min_gain)
     if estimate is None or not estimate.reached:
         return None
-    high = estimate.high if math.isfinite(estimate.high) else estimate.line
+    # Where nothing bounds it from above, it is at least not shown to lie beyond what was run.
+    high = estimate.high if math.isfinite(estimate.high) else max(estimate.line, points[-1].concurrency)
     return GainLine(max(1, round(estimate.line)), max(1, math.floor(estimate.low)), math.ceil(high))
 
 
@@ -258,7 +265,7 @@ def _notes(
     low, high = settings.headroom - HEADROOM_BAND, min(settings.headroom + HEADROOM_BAND, 1.0)
     if not low * measured - 1e-9 <= recommended <= high * measured + 1e-9:
         between = f"{100 * low:.0f} % and {100 * high:.0f} %"
-        notes.append(f"no whole number lies between {between} of {measured}: {recommended} is the nearest below")
+        notes.append(f"no whole number lies between {between} of {measured}: {recommended} is recommended")
     at_line, at_recommended = _throughput_at(candidate.concurrency, points), _throughput_at(recommended, points)
     if at_line and at_recommended:
         share = at_recommended / at_line

@@ -16,8 +16,9 @@ from loadstone.measure.points import Point
 
 _FLAT = 0.02
 """Throughput that varies by less than this across the interval is settled: a gain line is soft."""
-_BEYOND = 2.0
-"""How far the continuations reach, as a factor: twice what G(N) looks ahead."""
+_LEAST_ERROR = 0.005
+"""No two levels run under quite the same conditions, however steady each is by itself."""
+_STEPS_PER_DOUBLING = 8
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Curve:
         return cls(
             tuple(n for n, _ in usable),
             tuple(x.rps for _, x in usable),
-            tuple(x.se_rps for _, x in usable),
+            tuple(max(x.se_rps, _LEAST_ERROR * x.rps) for _, x in usable),
         )
 
     def gain(self, min_gain: float) -> GainEstimate | None:
@@ -82,9 +83,11 @@ class Curve:
         return min(1.0, max(0.0, math.log(self.xs[-1] / before) / math.log(end / start)))
 
     def _continued(self, slope: float) -> "Curve":
-        beyond = self.xs[-1] * _BEYOND**slope
-        error = self.ses[-1] * beyond / self.xs[-1]
-        return Curve((*self.ns, self.ns[-1] * _BEYOND), (*self.xs, beyond), (*self.ses, error))
+        """The curve with exact points beyond its end, so close that nothing is left to interpolation."""
+        factors = [2 ** (step / _STEPS_PER_DOUBLING) for step in range(1, _STEPS_PER_DOUBLING + 1)]
+        ns = tuple(self.ns[-1] * factor for factor in factors)
+        xs = tuple(self.xs[-1] * factor**slope for factor in factors)
+        return Curve((*self.ns, *ns), (*self.xs, *xs), (*self.ses, *(0.0 for _ in factors)))
 
 
 def _bent(slope: float) -> float:

@@ -14,11 +14,11 @@ from loadstone.core.verdict import LevelKind
 from loadstone.measure.answer import row_of
 from loadstone.measure.arrivals import Arrivals
 from loadstone.measure.bench import BenchPlan, plan_notes, run_bench
-from loadstone.measure.book import RunBook
 from loadstone.measure.find import FindSettings, Ready, level_json, level_plan, level_runner, make_ready, run_document
 from loadstone.measure.open_loop import judge_open_loop, window_of
-from loadstone.measure.rate import SUSTAINED, Goal, ask, rate_rules, smallest
-from loadstone.measure.rate_answer import RateAnswer, answer_of, row_for
+from loadstone.measure.rate import SUSTAINED, Goal, rate_rules
+from loadstone.measure.rate_answer import RateAnswer
+from loadstone.measure.rate_book import RateBook
 from loadstone.measure.runner import LevelRunner
 from loadstone.measure.runs import RunFolder
 from loadstone.measure.search import SearchSettings
@@ -80,17 +80,17 @@ async def find_rate(
     document = run_document(settings.find, ready, command, now())
     document["settings"]["rate"] = {"target_qps": settings.target_qps, "num_prompts": settings.num_prompts}
     folder.write_run(document)
-    book = RunBook(search)
+    book = RateBook(goal, search)
     runner = level_runner(server, settings.find, ready, search, watcher, admin)
     try:
-        await _climb(book, goal, runner, folder, watcher, settings.find)
+        await _climb(book, runner, folder, watcher, settings.find)
     finally:
         runner.close()
     open_loop = None
-    found = smallest(book.points, goal)
-    if found is not None and not runner.gate_reason:
-        await _until_idle(server, max(2 * runner.expected_s(found.concurrency), 1.0))
-        plan = _open_loop_plan(settings, found.concurrency, len(book.levels) + 1)
+    concurrency = book.found()
+    if concurrency is not None and not runner.gate_reason:
+        await _until_idle(server, max(2 * runner.expected_s(concurrency), 1.0))
+        plan = _open_loop_plan(settings, concurrency, len(book.levels) + 1)
         data, samples = await _play(server, ready, plan, watcher)
         # A folder of its own: levels/ holds closed loops alone.
         RunFolder(folder.path / OPEN_LOOP_FOLDER).write_level(
@@ -99,8 +99,7 @@ async def find_rate(
         open_loop = judge_open_loop(data, search.rules, SUSTAINED)
         verdict = {"verdict": open_loop.verdict, "rule": "", "reason": open_loop.reason}
         watcher.level_decided(msgspec.structs.replace(row_of(data, search), **verdict))
-    rows = [row_for(row, goal) for row in book.rows]
-    answer = answer_of(book.points, rows, open_loop, goal)
+    answer = book.answer(open_loop)
     folder.write_document(RATE_FILE, answer)
     for note in ready.prepared.workload.notes:
         watcher.note(note)
@@ -108,13 +107,13 @@ async def find_rate(
 
 
 async def _climb(
-    book: RunBook, goal: Goal, runner: LevelRunner, folder: RunFolder, watcher: Watcher, settings: FindSettings
+    book: RateBook, runner: LevelRunner, folder: RunFolder, watcher: Watcher, settings: FindSettings
 ) -> None:
-    while (wanted := ask(book.points, goal)) is not None:
+    while (wanted := book.ask()) is not None:
         watcher.note(f"{wanted.concurrency}: {wanted.why}")
         result = await runner.run(level_plan(wanted, len(book.levels) + 1))
         folder.write_level(result.data, result.samples, level_json(result.data, settings))
-        watcher.level_decided(row_for(book.add(result.data), goal))
+        watcher.level_decided(book.add(result.data))
         if runner.gate_reason:
             watcher.note(f"the gate refuses ({runner.gate_reason}): the search ends, its limit is not the server's")
             return
