@@ -52,9 +52,9 @@ class Command:
         load = ("--num-prompts", str(prompts), "--max-concurrency", "2", "--backend", "openai-chat", "--json")
         return self("bench", "--base-url", url, *lengths, *load, *more)
 
-    def find(self, url: str, *more: str) -> Ran:
+    def find(self, url: str, *more: str, at: str = "1,2") -> Ran:
         lengths = ("--random-input-len", "8", "--random-output-len", "4")
-        return self("find", "--base-url", url, *lengths, "--levels", "1,2", "--out", "run", "--quiet", *more)
+        return self("find", "--base-url", url, *lengths, "--levels", at, "--out", "run", "--quiet", *more)
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_replies_without_content_are_successes_without_ttft(command: Command) ->
         ran = command.bench(server.url)
         assert ran.result["completed"] == 6
         assert "the first reply has no content" in ran.err
-        command.find(server.url, "--levels", "1", "--max-level-seconds", "0.3")
+        command.find(server.url, "--max-level-seconds", "0.3", at="1")
     records = [record for level in levels() for record in level.records if record.ok]
     assert records
     assert all(record.ttft_s is None and record.first_choice_s is not None for record in records)
@@ -269,7 +269,7 @@ def test_replies_without_content_are_successes_without_ttft(command: Command) ->
 @pytest.mark.parametrize("behave", [servers.role_first, servers.reasoning_first])
 def test_ttft_is_the_first_chunk_that_says_something(command: Command, behave: Behaviour) -> None:
     with serving(behave, token_s=0.005) as server:
-        command.find(server.url, "--levels", "1", "--max-level-seconds", "0.3")
+        command.find(server.url, "--max-level-seconds", "0.3", at="1")
     records = [record for level in levels() for record in level.records if record.ok]
     assert records
     for record in records:
@@ -294,7 +294,7 @@ def test_a_first_level_that_fails(
     command: Command, behave: Behaviour, outcome: Outcome, pages: dict[str, Behaviour]
 ) -> None:
     with serving(behave, good=BEFORE_FIND, token_s=0.004, pages=pages) as server:
-        ran = command.find(server.url, "--json")
+        ran = command.find(server.url, "--json", "--max-level-seconds", "1")
     assert ran.status == 1
     assert (ran.result["measured_max_concurrency"], ran.result["binding"]) == (None, "success")
     assert {row["verdict"] for row in ran.result["levels"]} == {"FAIL"}
@@ -327,7 +327,7 @@ def test_a_server_that_dies_in_the_middle(command: Command) -> None:
     reached: list[BadServer] = []
     with serving(one_at_a_time(reached), token_s=0.005) as server:
         reached.append(server)
-        ran = command.find(server.url, "--max-level-seconds", "1")
+        ran = command.find(server.url, "--max-level-seconds", "0.5")
     at_one, *later = levels()
     assert at_one.meta.concurrency == 1
     assert all(record.ok or record.outcome is Outcome.CUT for record in at_one.records)
@@ -338,5 +338,5 @@ def test_a_server_that_dies_in_the_middle(command: Command) -> None:
 
 def test_a_metrics_page_that_hangs_holds_nothing_up(command: Command) -> None:
     with serving(token_s=0.005, pages={"/metrics": servers.hangs}) as server:
-        command.find(server.url, "--levels", "1", "--max-level-seconds", "0.3")
+        command.find(server.url, "--max-level-seconds", "0.3", at="1")
     assert any(record.ok for level in levels() for record in level.records)

@@ -93,7 +93,9 @@ KNEES = [
 
 @pytest.mark.parametrize("profile", KNEES, ids=lambda profile: profile.name)
 def test_where_a_doubling_stops_paying(profile: Profile, tmp_path: Path) -> None:
-    truth, verdict = truth_of(profile), searched(profile, tmp_path)
+    # Neither stray errors nor rare hangs move the knee.
+    truth = truth_of(replace(profile, error_rate=0.0, hang_rate=0.0))
+    verdict = searched(profile, tmp_path)
     assert truth.gain is not None
     assert (verdict.binding, exit_status(verdict)) == ("gain", EXIT_OK)
     assert verdict.gain_line is not None

@@ -29,8 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Foreseeable errors are one line on standard error."""
     tokens = list(sys.argv[1:] if argv is None else argv)
     try:
-        app = build_app(_config_file(tokens))
-        result = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        config_file = _config_file(tokens)
+        expansion = expand(tokens, _measured_run)
+        if expansion.show:
+            named = [] if config_file in (None, Path(_CONFIG_FILE)) else ["--config", str(config_file)]
+            print(shown_command(["loadstone", *expansion.tokens, *named]))
+            return EXIT_OK
+        app = build_app(config_file)
+        result = app(expansion.tokens, exit_on_error=False, print_error=False, result_action="return_value")
         return result if isinstance(result, int) else 0
     except CycloptsError as error:
         return _complain(str(error), EXIT_USAGE)
@@ -51,8 +57,16 @@ def build_app(config_file: Path | None) -> App:
         config.append(Toml(config_file, use_commands_as_keys=False, allow_unknown=True, must_exist=True))
     app = App(name="loadstone", help=_HELP, version=__version__, config=config)
     for verb, summary in _VERBS.items():
-        app.command(f"loadstone.cli.{verb}:{verb}", name=verb, help=summary)
+        epilogue = PRESET_HELP if verb in ("find", "bench") else None
+        app.command(f"loadstone.cli.{verb}:{verb}", name=verb, help=summary, help_epilogue=epilogue)
     return app
+
+
+def _measured_run(folder: str) -> MeasuredRun:
+    # Imported where it is called, so that --help stays quick.
+    from loadstone.cli.measured import measured_run
+
+    return measured_run(folder)
 
 
 def _config_file(tokens: list[str]) -> Path | None:

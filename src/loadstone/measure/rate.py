@@ -151,7 +151,7 @@ def _again(points: Sequence[Point], goal: Goal) -> Ask | None:
             return _level(LevelKind.BISECT, point.concurrency, "its interval contains the wanted rate: once more", 2)
         if reach is Reach.VOID and point.runs < 2:
             return _level(LevelKind.BISECT, point.concurrency, "it could not be judged: once more")
-        if reach is Reach.FAILED and point is points[0] and point.runs < 2:
+        if reach is Reach.FAILED and len(points) == 1 and point.runs < 2:
             why = "the first level failed: once more, it may have been cold"
             return _level(LevelKind.LADDER, point.concurrency, why)
     return None

@@ -277,12 +277,17 @@ def requests_for(stance: Stance, concurrency: int, base: int, rules: Rules, stre
     return max(base, *needed)
 
 
-def extension(summary: Summary, judgement: Judgement, rules: Rules, planned: int) -> int:
-    """Requests still to judge before an UNRESOLVED level is settled by its point value; 0 when it has had its share."""
+def extension(summary: Summary, judgement: Judgement, rules: Rules, planned: int, steepness: float) -> int:
+    """Requests still to judge before an UNRESOLVED level is settled by its point value; 0 when it has had its share.
+
+    ``steepness`` is b = dln(latency)/dlnN here: where a latency climbs steeply, little precision fixes the line.
+    """
     most = MAX_EXTENSION * max(planned, SUCCESS_PROOF_REQUESTS if judgement.rule == "success" else 0)
     target = most
     for rule, metric, stat, _ in rules.latency(summary.streams):
         if rule == judgement.rule and stat == "mean":
-            target = needed_for_mean(summary.metrics[metric].cv, rules.resolution)
+            target = needed_for_mean(summary.metrics[metric].cv, rules.resolution, max(1.0, steepness))
+            if summary.requests >= target:
+                return 0
     target = min(max(target, summary.requests + summary.concurrency), most)
     return max(0, target - summary.requests)

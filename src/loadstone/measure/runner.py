@@ -20,8 +20,8 @@ from loadstone.measure.early import certain_failure
 from loadstone.measure.generator import ClosedLoop
 from loadstone.measure.level import LevelPlan, LevelState, LiveView, Phase
 from loadstone.measure.points import judge_level
-from loadstone.measure.rules import Rules, extension
-from loadstone.measure.steady import LevelData, LevelMeta
+from loadstone.measure.rules import MAX_PREEMPTED_SHARE, SUCCESS_PROOF_REQUESTS, Rules, extension
+from loadstone.measure.steady import LevelData, LevelMeta, Summary
 from loadstone.measure.telemetry import Telemetry, TelemetrySample, summarise_telemetry
 from loadstone.measure.watch import Watcher
 from loadstone.measure.workload import Workload
@@ -95,6 +95,7 @@ class LevelRunner:
         self._loop = ClosedLoop(target, clock)
         self._dirty = False
         self._request_s: list[tuple[int, float]] = [(1, settings.first_e2el_s)]
+        self._ttft_ms: list[tuple[int, float]] = []
         self._wake: asyncio.Future[None] | None = None
         self._ready: deque[Request] = deque()
         self._index = 0
@@ -149,11 +150,12 @@ class LevelRunner:
             if stopped:
                 break
             await reader.read()
-            data = self._data(state, reader, [], started_at, "")
+            data = self._data(state, reader, self._telemetry.samples, started_at, "")
             summary, judgement = judge_level(data, self._settings.rules, plan.stance)
             more = 0
             if judgement.verdict is Verdict.UNRESOLVED and not state.ran_out:
-                more = extension(summary, judgement, self._settings.rules, plan.requests)
+                steepness = self._steepness(summary)
+                more = extension(summary, judgement, self._settings.rules, plan.requests, steepness)
             if not more:
                 break
             self._watcher.note(f"level {plan.ordinal} is not resolved ({judgement.reason}): {more} requests more")
@@ -165,12 +167,19 @@ class LevelRunner:
             await self._abort()
         samples = await self._telemetry.stop()
         await reader.read(hung)
-        data = self._data(state, reader, samples, started_at, stopped)
+        clock_step_ms = self._stamps.remeasure() if self._stamps is not None else 0.0
+        data = self._data(state, reader, samples, started_at, stopped, clock_step_ms)
         self._learn(data)
         return LevelResult(data, samples)
 
     def _data(
-        self, state: LevelState, reader: "_Reader", samples: list[TelemetrySample], started_at: str, stopped: str
+        self,
+        state: LevelState,
+        reader: "_Reader",
+        samples: list[TelemetrySample],
+        started_at: str,
+        stopped: str,
+        clock_step_ms: float = 0.0,
     ) -> LevelData:
         start_s, end_s = (state.w0_ns - state.t0_ns) / 1e9, ((state.w1_ns or state.stopped_ns) - state.t0_ns) / 1e9
         stamps = self._stamps
@@ -187,7 +196,7 @@ class LevelRunner:
             streams=self._settings.streams,
             output_tokens_from=reader.output_tokens_from,
             kernel_stamps=stamps is not None and stamps.kernel_stamps,
-            clock_step_ms=stamps.remeasure() if stamps is not None and samples else 0.0,
+            clock_step_ms=clock_step_ms,
             loopback=self._settings.loopback,
             through_gate=self._settings.through_gate,
         )
@@ -220,8 +229,18 @@ class LevelRunner:
             return ""
         if now_ns - state.w0_ns < max(_EVIDENCE_MIN_NS, state.expected_ns // 2):
             return ""
-        failure = self._failure(state, live, now_ns)
+        failure = self._failure(state, live, now_ns) or self._preempted(state, now_ns)
         return failure.reason if failure is not None else ""
+
+    def _preempted(self, state: LevelState, now_ns: int) -> Finding | None:
+        """More preemptions already than the whole plan allows."""
+        start_s, now_s = (state.w0_ns - state.t0_ns) / 1e9, (now_ns - state.t0_ns) / 1e9
+        so_far = summarise_telemetry(self._telemetry.samples, start_s, now_s).preemptions or 0.0
+        allowed = MAX_PREEMPTED_SHARE * max(state.planned, SUCCESS_PROOF_REQUESTS)
+        if so_far <= allowed:
+            return None
+        text = f"{so_far:.0f} preemptions so far; {allowed:.0f} would be 1 in 100 of {state.planned} requests"
+        return Finding("resource:preemptions", Verdict.FAIL, text)
 
     def _failure(self, state: LevelState, live: LiveView, now_ns: int) -> Finding | None:
         failure = certain_failure(live.view(now_ns), self._settings.rules, self._settings.streams)
@@ -311,10 +330,21 @@ class LevelRunner:
             growth = math.log(last_s / earlier[1]) / math.log(last_n / earlier[0])
         return last_s * math.pow(concurrency / last_n, min(1.0, max(0.0, growth)))
 
+    def _steepness(self, summary: Summary) -> float:
+        """dln TTFT/dlnN since the nearest level below; 1 where none is known."""
+        below = [(n, ms) for n, ms in self._ttft_ms if n < summary.concurrency and ms > 0]
+        if not below or not summary.ttft.values_ms.size:
+            return 1.0
+        n, ms = max(below)
+        return math.log(summary.ttft.mean_ms / ms) / math.log(summary.concurrency / n)
+
     def _learn(self, data: LevelData) -> None:
         times = [record.e2el_s for record in data.judged if record.ok and record.e2el_s > 0]
         if data.complete and times:
             self._request_s.append((data.meta.concurrency, sum(times) / len(times)))
+        ttfts = [record.ttft_s * 1e3 for record in data.judged if record.ok and record.ttft_s is not None]
+        if data.complete and ttfts:
+            self._ttft_ms.append((data.meta.concurrency, sum(ttfts) / len(ttfts)))
 
 
 class _Reader:

@@ -231,7 +231,9 @@ def _narrow(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
     target = min(max(math.floor(guess.concurrency), low.concurrency + 1), high.concurrency - 1)
     if any(p.concurrency == target for p in inside):
         return None
-    return _bracket_ask(target, guess.holds, low, high, settings)
+    gain = Curve.of(points).gain_under_line(settings.rules.min_gain)
+    pays_up_to_there = gain is None or gain.low >= target
+    return _bracket_ask(target, guess.holds and pays_up_to_there, low, high, settings)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,11 @@ class Telemetry:
         self._next_ns = self._clock.now_ns()
         self._tick()
 
+    @property
+    def samples(self) -> list[TelemetrySample]:
+        """Of the running level so far."""
+        return self._samples
+
     async def stop(self) -> list[TelemetrySample]:
         """End the level: a last look at the machine, and all samples in order of time."""
         if self._timer is not None:
