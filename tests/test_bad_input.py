@@ -45,7 +45,6 @@ FIND = [
     (["--out", "file"], "is a file; name a folder that is empty or does not exist"),
     (["--out", "file/below"], "is a file; name a folder that is empty or does not exist"),
     (["--out", "x" * 300], "cannot be used: File name too long; name another folder"),
-    (["--out", "/proc/none/run"], "cannot be written"),
     (["--slo", "tpot"], "for example tpot:p99:50"),
     (["--slo", "tpot:p99:-1"], "for example tpot:p99:50"),
     (["--slo", "speed:p99:50"], "give ttft|tpot|itl|e2el:mean"),
@@ -89,10 +88,15 @@ FIND = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "says"), FIND, ids=lambda value: " ".join(value)[:40] if value else "")
+def _name(value: object) -> str:
+    return " ".join(value)[:40] if isinstance(value, list) else ""
+
+
+@pytest.mark.parametrize(("flags", "says"), FIND, ids=_name)
 def test_find(server: BadServer, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = len(server.asked)
-    assert main(["find", "--base-url", server.url, *flags]) == 2
+    where = [] if "--base-url" in flags else ["--base-url", server.url]
+    assert main(["find", *where, *flags]) == 2
     out, err = capsys.readouterr()
     assert says in err
     assert err.startswith("loadstone: ")
@@ -107,7 +111,6 @@ BENCH = [
     (["--extra-body", "{"], "--extra-body is not JSON"),
     (["--header", "garbage"], "--header garbage: expected KEY=VALUE"),
     (["--backend", "unheard"], "--backend unheard is unknown"),
-    (["--endpoint", "/v1/images"], "--endpoint"),
     (["--tokenizer", "nowhere"], "--tokenizer nowhere: no such file"),
     (["--dataset-name", "custom", "--dataset-path", "empty.jsonl"], "empty.jsonl is empty"),
     (["--result-filename", "file/below.json"], "--result-filename file/below.json cannot be written"),
@@ -116,7 +119,7 @@ BENCH = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "says"), BENCH, ids=lambda value: " ".join(value)[:40] if value else "")
+@pytest.mark.parametrize(("flags", "says"), BENCH, ids=_name)
 def test_bench(server: BadServer, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = len(server.asked)
     assert main(["bench", "--base-url", server.url, *flags]) == 2

@@ -4,6 +4,8 @@ from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from cyclopts import Parameter
+
 from loadstone.cli.find import FLAT
 from loadstone.core.settings import RuleSettings
 
@@ -12,10 +14,15 @@ if TYPE_CHECKING:
 else:
     # The same flags with the same help; None: not given, so the run's own rule stays.
     RuleFlags = make_dataclass(
-        "RuleFlags", [(f.name, f.type | None, None) for f in fields(RuleSettings)], bases=(RuleSettings,), frozen=True
+        "RuleFlags",
+        [(rule.name, rule.type | None, None) for rule in fields(RuleSettings)],
+        bases=(RuleSettings,),
+        namespace={"__module__": __name__},
+        frozen=True,
     )
 
 _AS_RECORDED = RuleFlags()
+_SWITCH = Parameter(negative=())
 
 
 def judge(
@@ -23,9 +30,9 @@ def judge(
     /,
     *,
     rules: Annotated[RuleFlags, FLAT] = _AS_RECORDED,
-    write: bool = False,
-    json: bool = False,
-    quiet: bool = False,
+    write: Annotated[bool, _SWITCH] = False,
+    json: Annotated[bool, _SWITCH] = False,
+    quiet: Annotated[bool, _SWITCH] = False,
 ) -> int:
     """Judge a run again, from its records alone.
 

@@ -9,7 +9,10 @@ from cyclopts import App, CycloptsError
 from cyclopts.config import Env, Toml
 
 from loadstone import __version__
-from loadstone.core.errors import EXIT_INTERRUPTED, EXIT_USAGE, LoadstoneError, UsageError
+from loadstone.cli.command import shown_command
+from loadstone.cli.presets import HELP as PRESET_HELP
+from loadstone.cli.presets import MeasuredRun, expand
+from loadstone.core.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, LoadstoneError, UsageError
 
 _CONFIG_FILE = "loadstone.toml"
 _HELP = "How many concurrent requests can my model server take? Measure it, and hold the server to it."
@@ -55,7 +58,9 @@ def build_app(config_file: Path | None) -> App:
     config: list[Env | Toml] = [Env("LOADSTONE_", command=False)]
     if config_file is not None:
         config.append(Toml(config_file, use_commands_as_keys=False, allow_unknown=True, must_exist=True))
-    app = App(name="loadstone", help=_HELP, version=__version__, config=config)
+    app = App(
+        name="loadstone", help=_HELP, version=__version__, config=config, suppress_keyboard_interrupt=False
+    )
     for verb, summary in _VERBS.items():
         epilogue = PRESET_HELP if verb in ("find", "bench") else None
         app.command(f"loadstone.cli.{verb}:{verb}", name=verb, help=summary, help_epilogue=epilogue)

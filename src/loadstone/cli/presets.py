@@ -15,17 +15,21 @@ Flags = dict[str, str]
 """Flag (with its dashes) and value, in the order they are to be shown."""
 
 HELP = """\
-Ready-made command lines, given to find or bench; any flag beside them overrides theirs:
+Ready-made command lines for find and bench; any flag beside them overrides theirs.
 
---preset quick: does it work at all? bench with 50 requests, 10 at once. \
---preset limit: find, up the ladder 1, 2, 5 … 1000. \
---preset realistic: bench with 1000 requests at your --request-rate. \
---preset capacity: bench with 2000 requests at your --request-rate and 1.5 × your --max-concurrency. \
---preset stability --run DIR: bench at 0.8 × the line that the run in DIR has found and 0.8 × its throughput there, \
-the same requests, for --duration-s 3600 (or --num-prompts).
+--preset quick: does it work at all? bench, 50 requests, 10 at once.
+
+--preset limit: find, up the ladder 1, 2, 5 … 1000.
+
+--preset realistic: bench, 1000 requests at your --request-rate.
+
+--preset capacity: bench, 2000 requests at your --request-rate and 1.5 × your --max-concurrency.
+
+--preset stability --run DIR: bench for --duration-s 3600 (or --num-prompts) the requests of the run in DIR, at 0.8 × \
+the line that it found and 0.8 × its throughput there.
 
 --scenario support | content | code: bench at that business's concurrency, rate and lengths; with --preset its lengths \
-(and its rate and concurrency where the preset asks for them).
+and what the preset asks for.
 
 --show: print the command that would run, and stop.
 """
@@ -105,10 +109,7 @@ def expand(tokens: Sequence[str], read_run: ReadRun) -> Expansion:
     if not preset and not scenario:
         return Expansion([tokens[0], *rest], show)
     verb = "find" if preset == "limit" else "bench"
-    if preset == "stability":
-        flags = _stability(rest, scenario, read_run)
-    else:
-        flags = _layers(rest, preset, scenario)
+    flags = _stability(rest, scenario, read_run) if preset == "stability" else _layers(rest, preset, scenario)
     given = _given(rest)
     if given & {"--endpoint", "--backend"}:
         flags.pop("--endpoint", None)

@@ -4,8 +4,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 
+from loadstone.cli.find import FLAT
+from loadstone.core.settings import LadderSettings, OutputSettings, RuleSettings
+
 if TYPE_CHECKING:
     from loadstone.sim.profiles import Profile
+
+_RULES = RuleSettings()
+_LADDER = LadderSettings()
+_OUTPUT = OutputSettings()
 
 
 def sim(
@@ -19,8 +26,16 @@ def sim(
     max_num_batched_tokens: Annotated[int | None, cyclopts.Parameter(help="Tokens in one step at most.")] = None,
     num_kv_blocks: Annotated[int | None, cyclopts.Parameter(help="KV cache, in blocks of 16 tokens.")] = None,
     seed: Annotated[int, cyclopts.Parameter(help="Of the profile's noise.")] = 0,
+    virtual: Annotated[bool, cyclopts.Parameter(help="No port: a whole search in virtual time.", negative=())] = False,
+    rules: Annotated[RuleSettings, FLAT] = _RULES,
+    ladder: Annotated[LadderSettings, FLAT] = _LADDER,
+    output: Annotated[OutputSettings, FLAT] = _OUTPUT,
 ) -> int:
-    """Run a simulated continuous-batching engine behind an OpenAI-compatible HTTP port until interrupted."""
+    """Run a simulated continuous-batching engine behind an OpenAI-compatible HTTP port until interrupted.
+
+    With --virtual no port is opened: `find` searches it in virtual time, minutes in seconds, and the true line is
+    printed beside the answer. The rules, the ladder and the output are those of `find`.
+    """
     import uvloop
 
     from loadstone.core.errors import EXIT_OK
@@ -29,6 +44,10 @@ def sim(
     chosen = named(profile).with_overrides(
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, num_kv_blocks=num_kv_blocks
     )
+    if virtual:
+        from loadstone.cli.virtual_search import search_in_virtual_time
+
+        return search_in_virtual_time(chosen, seed, rules, ladder, output)
     uvloop.run(_serve(chosen, host, port, seed))
     return EXIT_OK
 

@@ -97,15 +97,21 @@ def _quantile(metric: Metric, q: float) -> float | None:
 
 
 def verdict_of(
-    points: Sequence[Point], rows: list[LevelRow], levels: Sequence[LevelData], settings: SearchSettings
+    points: Sequence[Point],
+    rows: list[LevelRow],
+    levels: Sequence[LevelData],
+    settings: SearchSettings,
+    following: Ask | None,
 ) -> RunVerdict:
-    """The whole of ``verdict.json``; ``rows`` and ``levels`` in running order, ``points`` by concurrency."""
+    """The whole of ``verdict.json``; ``rows`` and ``levels`` in running order, ``points`` by concurrency.
+
+    ``levels`` is empty where only figures are known; ``following`` is what a search would run next, None at its end.
+    """
     bracket = bracket_of(points)
     candidate = candidate_of(points, settings)
     measured = _measured(candidate, points)
     recommended = None if measured is None else recommend(measured, settings.headroom)
-    usable = _usable(levels, rows)
-    following = ask(points, settings)
+    usable = _usable(levels, rows) if levels else []
     return RunVerdict(
         measured_max_concurrency=measured,
         recommended_concurrency=recommended,
@@ -233,8 +239,10 @@ def _fell(point: Point) -> str:
 def _held(candidate: Candidate, points: Sequence[Point], levels: Sequence[LevelData], settings: SearchSettings) -> str:
     here = _at(candidate.concurrency, points)
     same = [x for x in levels if x.meta.concurrency == candidate.concurrency]
-    if here is None or not same:
+    if here is None:
         return f"{candidate.concurrency} lies between levels that held"
+    if not same:
+        return f"{candidate.concurrency} held: n = {here.requests}, {here.reason}"
     summary = summarise(same)
     success = (
         f"success {100 * summary.success_rate:.4g} % [{100 * summary.success_low:.1f}–{100 * summary.success_high:.1f}]"

@@ -43,4 +43,4 @@ class RunBook:
         return ask(self.points, self.settings)
 
     def verdict(self) -> RunVerdict:
-        return verdict_of(self.points, self.rows, self.levels, self.settings)
+        return verdict_of(self.points, self.rows, self.levels, self.settings, self.ask())

@@ -222,6 +222,7 @@ async def _search(
         result = await runner.run(level_plan(wanted, len(book.levels) + 1))
         folder.write_level(result.data, result.samples, level_json(result.data, settings))
         watcher.level_decided(book.add(result.data))
+        folder.write_verdict(book.verdict())
         if runner.gate_reason:
             watcher.note(f"the gate refuses ({runner.gate_reason}): the search ends, its limit is not the server's")
             return

@@ -95,7 +95,7 @@ class _Player:
     def _done(self, exchange: Exchange) -> None:
         freed_ns = self._freed_ns[exchange.slot]
         if exchange.planned_ns <= freed_ns:
-            exchange.turnaround_ns = max(0, exchange.sent_ns - freed_ns)
+            exchange.turnaround_ns = _turnaround_ns(exchange, freed_ns)
         self._freed_ns[exchange.slot] = exchange.end_ns
         self._free.append(exchange.slot)
         if self._on_done is not None:
@@ -215,7 +215,7 @@ class ClosedLoop:
         del self._in_flight[slot]
         freed_ns = self._freed_ns.pop(slot, None)
         if freed_ns is not None and exchange.sent_ns:
-            exchange.turnaround_ns = max(0, exchange.sent_ns - freed_ns)
+            exchange.turnaround_ns = _turnaround_ns(exchange, freed_ns)
         if slot >= self._size:
             self._open.discard(slot)
             self._on_done(exchange)
@@ -225,6 +225,11 @@ class ClosedLoop:
         else:
             self._fire_at(slot, self._clock.now_ns() + self._pause_ns)
         self._on_done(exchange)
+
+
+def _turnaround_ns(exchange: Exchange, freed_ns: int) -> int:
+    """From the slot's last byte to the write. Connecting again is the server's wish, not the generator's delay."""
+    return max(0, exchange.sent_ns - freed_ns - exchange.connect_ns)
 
 
 def _ignore(exchange: Exchange) -> None:

@@ -134,7 +134,7 @@ def _certainty(verdict: RunVerdict) -> str:
         return "Not monotone: a level failed, again when repeated, below one that passed; the answer lies below it."
     if verdict.sure:
         return "Sure: the deciding levels are further from their limit than their 95 % intervals are wide."
-    return "Not sure: a deciding level is closer to its limit than its 95 % interval; more requests would settle it."
+    return "Not sure: a deciding level has no 95 % interval that clears its limit; more requests would settle it."
 
 
 def _half(verdict: RunVerdict) -> str:
