@@ -51,6 +51,8 @@ def _section(verb: str, command: App) -> Iterator[str]:
         yield "| flag | default | |\n| --- | --- | --- |"
         yield from (_row(argument) for argument in arguments)
         yield ""
+    if command.help_epilogue:
+        yield f"{command.help_epilogue.strip()}\n"
 
 
 def _summary(command: App) -> str:

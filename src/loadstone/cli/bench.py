@@ -24,22 +24,32 @@ def bench(settings: BenchSettings = _DEFAULTS) -> int:
     With --result-filename, --save-result or --append-result the result is written to a file as well.
     """
     import json
+    import math
     from datetime import datetime
 
     import uvloop
 
-    from loadstone.cli.bench_files import prepare_folder, result_file, save
+    from loadstone.cli.bench_files import prepare_folder, result_file, save, write_run
     from loadstone.cli.bench_setup import setup_of
     from loadstone.core.errors import EXIT_FAILED, EXIT_OK
     from loadstone.measure.bench import failure_lines
+    from loadstone.measure.bench_view import bench_level, bench_view
+    from loadstone.measure.runs import check_out
     from loadstone.measure.vllm_result import printed, vllm_result
 
-    setup = setup_of(settings, datetime.now().astimezone())
+    now = datetime.now().astimezone()
+    setup = setup_of(settings, now)
+    if settings.out:
+        check_out(settings.out)
     if (file := result_file(settings, setup.result)) is not None:
         prepare_folder(file)
     setup, played, notes = uvloop.run(_measure(settings, setup))
-    own = {"output_tokens_from": played.output_tokens_from, "notes": notes}
+    level = bench_level(played, setup.plan, setup.endpoint)
+    view = bench_view(level, open_loop=math.isfinite(settings.request_rate))
+    own = {"output_tokens_from": played.output_tokens_from, "notes": notes, "steady": view}
     result = vllm_result(played.records, setup.result, played.duration_s, loadstone=own)
+    if settings.out:
+        write_run(settings, setup, level, result, now)
 
     if not settings.quiet:
         _say(failure_lines(played.records))

@@ -1,12 +1,22 @@
 """Where ``bench`` writes its result, and that it can."""
 
 import json
+import sys
 from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from loadstone import __version__
 from loadstone.cli.bench_settings import BenchSettings
+from loadstone.cli.bench_setup import Setup
+from loadstone.cli.command import shown_command
 from loadstone.core.errors import UsageError
+from loadstone.core.settings import DataSettings, LadderSettings, ServerSettings
+from loadstone.measure.find import FindSettings
+from loadstone.measure.runs import create_run
+from loadstone.measure.steady import LevelData
 from loadstone.measure.vllm_result import ResultSettings
 
 
@@ -51,3 +61,39 @@ def save(file: Path, result: Mapping[str, Any], append: bool) -> None:
             file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}; --json prints the result instead") from error
+
+
+def write_run(
+    settings: BenchSettings, setup: Setup, level: LevelData, result: Mapping[str, Any], now: datetime
+) -> None:
+    """The level as a run folder (``--out``) that ``judge`` reads; raises LoadstoneError where it cannot be written."""
+    folder = create_run(settings.out, setup.result.model_id, now)
+    workload = setup.workload
+    known = FindSettings(
+        server=ServerSettings(base_url=setup.base_url, endpoint=setup.endpoint.name, model=setup.result.model_id),
+        data=DataSettings(
+            dataset_name=workload.dataset_name,
+            dataset_path=workload.dataset_path or "",
+            random_input_len=workload.input_len,
+            random_output_len=workload.output_len,
+            seed=workload.seed,
+        ),
+        ladder=LadderSettings(levels=str(level.meta.concurrency)),
+    )
+    folder.write_run(
+        {
+            "schema": 1,
+            "command": shown_command(sys.argv),
+            "created_at": now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "loadstone": __version__,
+            "settings": asdict(known),
+            "server": {
+                "base_url": setup.base_url,
+                "model": setup.result.model_id,
+                "endpoint": setup.endpoint.name,
+                "streams": level.meta.streams,
+                "through_gate": False,
+            },
+        }
+    )
+    folder.write_level(level, [], result)

@@ -132,6 +132,8 @@ class BenchSettings:
     """Name of the file (given alone it saves, too)."""
     disable_tqdm: Annotated[bool, _RESULT] = False
     """No progress bar."""
+    out: Annotated[str, _RESULT] = ""
+    """Folder to write a run to, with the records of each request; must be empty or not exist."""
     json: Annotated[bool, _RESULT] = False
     """Print the result as one line of JSON, last."""
     quiet: Annotated[bool, _RESULT] = False

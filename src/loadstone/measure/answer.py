@@ -19,7 +19,7 @@ from loadstone.core.verdict import BestEfficiency, GainLine, LevelKind, LevelRow
 from loadstone.measure.curve import Curve
 from loadstone.measure.points import Point, judge_level
 from loadstone.measure.rules import Judgement, Stance
-from loadstone.measure.search import Ask, Bracket, Candidate, SearchSettings, ask, bracket_of, candidate_of
+from loadstone.measure.search import Ask, Bracket, Candidate, SearchSettings, bracket_of, candidate_of
 from loadstone.measure.steady import LevelData, Metric, Summary, summarise
 
 EXPIRES_AFTER = timedelta(days=30)
@@ -111,7 +111,7 @@ def verdict_of(
     candidate = candidate_of(points, settings)
     measured = _measured(candidate, points)
     recommended = None if measured is None else recommend(measured, settings.headroom)
-    usable = _usable(levels, rows) if levels else []
+    usable = _usable(levels, rows)
     return RunVerdict(
         measured_max_concurrency=measured,
         recommended_concurrency=recommended,
@@ -150,10 +150,9 @@ def _binding(candidate: Candidate | None, bracket: Bracket) -> str:
 
 
 def _usable(levels: Sequence[LevelData], rows: Sequence[LevelRow]) -> list[LevelData]:
-    """Levels that ran to their end and were not voided; ``rows`` are theirs."""
-    return [
-        level for level, row in zip(levels, rows, strict=True) if level.complete and row.verdict is not Verdict.INVALID
-    ]
+    """Levels that ran to their end and were not voided; ``rows`` are theirs. None where only figures are known."""
+    pairs = zip(levels, rows, strict=bool(levels))
+    return [level for level, row in pairs if level.complete and row.verdict is not Verdict.INVALID]
 
 
 def _half_of_failing(points: Sequence[Point], settings: SearchSettings) -> int | None:

@@ -18,6 +18,7 @@ from loadstone.core.errors import UsageError
 from loadstone.core.settings import LadderSettings, RuleSettings
 from loadstone.core.verdict import Finding, LevelKind, LevelRow, RunVerdict, Verdict
 from loadstone.measure.answer import Subject, limits_of, verdict_of
+from loadstone.measure.backends import BACKENDS
 from loadstone.measure.find import search_settings
 from loadstone.measure.judged import Judged
 from loadstone.measure.points import Point
@@ -84,7 +85,8 @@ def judge_benchmarks(folder: RunFolder, overrides: Mapping[str, Any]) -> Judged:
     verdict = verdict_from(benchmarks, search, notes)
     last = benchmarks[-1].result
     measured_at = _when(last.date) or datetime.fromtimestamp((folder.path / benchmarks[-1].name).stat().st_mtime, UTC)
-    subject = Subject(last.model_id or "", last.backend or "", "", str(folder.path))
+    endpoint, _ = BACKENDS.get(last.backend or "", ("", ""))
+    subject = Subject(last.model_id or "", endpoint, "", str(folder.path))
     limits = limits_of(verdict, [], search, subject, None, measured_at)
     document = {
         "schema": 1,

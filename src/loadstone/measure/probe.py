@@ -106,7 +106,8 @@ async def probe(
         ttft_s=_ttft_s(exchange, reply),
         streams=reply.first_choice_ns is not None,
         has_usage=reply.input_tokens is not None,
-        through_gate=exchange.headers.get(b"server", b"").lower().startswith(b"loadstone"),
+        # "Server: loadstone", with or without a version; the simulator calls itself loadstone-sim.
+        through_gate=exchange.headers.get(b"server", b"").lower().partition(b"/")[0].strip() == b"loadstone",
         notes=_notes(dropped, reply),
     )
 

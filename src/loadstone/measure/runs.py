@@ -103,7 +103,7 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         self._write_lines(folder / _RECORDS, data.records)
         self._write_lines(folder / _TELEMETRY, samples)
-        document = {**result, "loadstone": msgspec.to_builtins(data.meta)}
+        document = {**result, "loadstone": {**result.get("loadstone", {}), **msgspec.to_builtins(data.meta)}}
         self._replace(folder / _RESULT, msgspec.json.format(msgspec.json.encode(document)))
 
     def write_verdict(self, verdict: RunVerdict) -> None:
