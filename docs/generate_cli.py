@@ -46,7 +46,7 @@ def _section(verb: str, command: App) -> Iterator[str]:
     for argument in flags_of(command):
         groups.setdefault(_group(argument), []).append(argument)
     for group, arguments in groups.items():
-        if len(groups) > 1:
+        if group:
             yield f"**{group}**\n"
         yield "| flag | default | |\n| --- | --- | --- |"
         yield from (_row(argument) for argument in arguments)
@@ -62,8 +62,10 @@ def _summary(command: App) -> str:
 
 
 def _group(argument: Argument) -> str:
+    """Empty for the groups that cyclopts makes by itself."""
     groups = typing.cast(Sequence[typing.Any], argument.parameter.group)
-    return str(groups[0].name)
+    name = str(groups[0].name)
+    return "" if name in ("Arguments", "Parameters") else name
 
 
 def _row(argument: Argument) -> str:

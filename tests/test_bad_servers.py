@@ -61,6 +61,7 @@ class Command:
 def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("loadstone.measure.probe._PAUSE_S", 0.0)
     return Command(capsys)
 
 
@@ -84,7 +85,9 @@ def test_nobody_listens(command: Command, model: tuple[str, ...]) -> None:
     with nobody() as url:
         for ran in (command.bench(url, *model), command.find(url, *model)):
             assert ran.status == 3
-            assert re.fullmatch(r"loadstone: .*connection refused by 127.0.0.1:\d+; is the server running\?.*\n", ran.err)
+            assert re.fullmatch(
+                r"loadstone: .*connection refused by 127.0.0.1:\d+; is the server running\?.*\n", ran.err
+            )
     assert not Path("run").exists()
 
 

@@ -112,16 +112,24 @@ def test_a_killed_search_resumes_and_runs_a_torn_level_again() -> None:
         assert before.items() <= resumed().items()
 
 
+SECOND = [Path(f"run/levels/002-c{concurrency}/records.jsonl.zst") for concurrency in (1, 2)]
+
+
+def fill_second_level() -> None:
+    """Once the first level stands, the second one's records are to be written to a full disk."""
+    if list(Path("run/levels").glob("001-*/result.json")):
+        for records in SECOND:
+            records.parent.mkdir(exist_ok=True)
+            if not records.is_symlink():
+                records.symlink_to("/dev/full")
+
+
 def test_a_full_disk_stops_the_search_and_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    second = [Path(f"run/levels/002-c{concurrency}/records.jsonl.zst") for concurrency in (1, 2)]
     has_space = threading.Event()
 
     async def fills_the_disk(asked: Asked, peer: Peer) -> None:
-        if not has_space.is_set() and list(Path("run/levels").glob("001-*/result.json")):
-            for records in second:
-                records.parent.mkdir(exist_ok=True)
-                if not records.is_symlink():
-                    records.symlink_to("/dev/full")
+        if not has_space.is_set():
+            fill_second_level()
         await servers.well(asked, peer)
 
     with serving(fills_the_disk, token_s=0.005) as server:
@@ -136,7 +144,7 @@ def test_a_full_disk_stops_the_search_and_loses_nothing(capsys: pytest.CaptureFi
         assert len(open_run("run").levels()) == 1
         assert Path("run/verdict.json").is_file()
         has_space.set()
-        for records in second:
+        for records in SECOND:
             records.unlink()
             records.parent.rmdir()
         assert before.items() <= resumed().items()

@@ -4,12 +4,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from report_runs import level, nothing_passed, vllm_like, write_run
 
 from loadstone.cli.main import main
 from loadstone.cli.measured import measured_run
 from loadstone.cli.presets import PRESETS, SCENARIOS, MeasuredRun, expand
 from loadstone.core.errors import UsageError
+from report_runs import level, nothing_passed, vllm_like, write_run
 
 RUN = MeasuredRun(
     200, 12.5, {"--base-url": "http://gpu:8001", "--endpoint": "completions", "--random-input-len": "256"}

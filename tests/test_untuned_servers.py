@@ -1,4 +1,4 @@
-"""The search against servers that nobody tuned it for, whose true line is known. Virtual time: minutes pass in seconds."""
+"""The search against servers that nobody tuned it for, in virtual time, where the true line can be computed."""
 
 import math
 from dataclasses import replace

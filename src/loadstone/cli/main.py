@@ -58,9 +58,7 @@ def build_app(config_file: Path | None) -> App:
     config: list[Env | Toml] = [Env("LOADSTONE_", command=False)]
     if config_file is not None:
         config.append(Toml(config_file, use_commands_as_keys=False, allow_unknown=True, must_exist=True))
-    app = App(
-        name="loadstone", help=_HELP, version=__version__, config=config, suppress_keyboard_interrupt=False
-    )
+    app = App(name="loadstone", help=_HELP, version=__version__, config=config, suppress_keyboard_interrupt=False)
     for verb, summary in _VERBS.items():
         epilogue = PRESET_HELP if verb in ("find", "bench") else None
         app.command(f"loadstone.cli.{verb}:{verb}", name=verb, help=summary, help_epilogue=epilogue)

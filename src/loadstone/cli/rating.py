@@ -24,8 +24,8 @@ from loadstone.report.answer import number, percent
 from loadstone.report.tables import levels_table
 
 _STOPPED_BY = {
-    "ladder": "the highest level was not enough, and the curve still rises: higher --levels may reach it",
-    "flat": "more concurrency no longer adds throughput, so none would reach it",
+    "ladder": "no level of the ladder is enough, and the curve still rises: higher --levels may reach it",
+    "flat": "more concurrency hardly adds throughput any more, so none would reach it",
     "success": "above that too few requests succeed",
     "client": "above that the generator was the bottleneck: a faster or quieter machine may reach it",
 }
@@ -142,7 +142,7 @@ def _figures(answer: RateAnswer) -> Iterator[tuple[str, str]]:
         yield "–", "in flight without a cap: no level delivers the whole target"
         return
     spread = f"95 % of the time {answer.in_flight.low:.0f} to {answer.in_flight.high:.0f}"
-    yield number(answer.in_flight.mean), f"in flight on average without a cap (Little's law); {spread}"
+    yield number(answer.in_flight.mean), f"in flight without a cap (Little's mean); {spread}"
     yield f"{answer.in_flight.comfortable_cap:,}", "comfortable cap: requests seldom wait for a slot"
 
 

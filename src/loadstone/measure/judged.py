@@ -62,10 +62,13 @@ def judge_run(folder: RunFolder, overrides: Mapping[str, Any]) -> Judged:
 def under_rules(document: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any]:
     """``run.toml`` with these rules; those that the run was measured under are kept beside them."""
     settings = document["settings"]
-    changed = {**document, "settings": {**settings, "rules": dict(rules)}}
     # TOML knows no tuples.
-    same = {k: list(v) if isinstance(v, tuple) else v for k, v in rules.items()} == settings["rules"]
-    return changed if same else {"measured_under": settings["rules"], **changed}
+    plain = {name: list(rule) if isinstance(rule, tuple) else rule for name, rule in rules.items()}
+    if plain == settings["rules"]:
+        return dict(document)
+    # Those kept from an earlier judgement stay; they come last, as a reader takes the first rule that it meets.
+    kept = {"measured_under": settings["rules"]} if "measured_under" not in document else {}
+    return {**document, "settings": {**settings, "rules": plain}, **kept}
 
 
 def _subject(folder: RunFolder, document: Mapping[str, Any]) -> Subject:

@@ -121,7 +121,7 @@ def _hold(share: float, error: float, wanted: float, level: LevelData) -> tuple[
     if not level.duration_s >= LEAST_TIMES * mean_s:
         short = f"the window of {level.duration_s:.1f} s is shorter than {LEAST_TIMES} request times"
         return Verdict.UNRESOLVED, f"{short}: more --num-prompts would tell"
-    text = f"{100 * share:.1f} ± {100 * Z_ONE_SIDED * error:.1f} % of what fell due was sent in time to keep up"
+    text = f"sustained {100 * share:.1f} ± {100 * Z_ONE_SIDED * error:.1f} % of the target"
     if share - Z_ONE_SIDED * error >= wanted:
         return Verdict.PASS, f"{text} ≥ {100 * wanted:g} %"
     if share + Z_ONE_SIDED * error < wanted:

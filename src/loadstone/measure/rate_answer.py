@@ -25,6 +25,9 @@ from loadstone.measure.rate import (
 _COMFORT = 1.3
 """Slots above the mean in standard deviations, from which on waiting is rare: a + 1.3·√a."""
 
+_FAR = 4
+"""A curve that does not reach the rate at this many times the highest level is called flat."""
+
 
 class Best(msgspec.Struct, frozen=True):
     """The level that delivered most, whether that was enough or not."""
@@ -94,7 +97,8 @@ def row_for(row: LevelRow, goal: Goal) -> LevelRow:
         return row
     reaches = "enough for" if row.throughput_rps >= goal.wanted_rps else "short of"
     reason = f"{_interval(row)} req/s, {reaches} {goal.wanted_rps:g}"
-    return msgspec.structs.replace(row, verdict=Verdict.PASS, rule="", reason=reason)
+    findings = [finding for finding in row.findings if finding.rule == "success"]
+    return msgspec.structs.replace(row, verdict=Verdict.PASS, rule="", reason=reason, findings=findings)
 
 
 def exit_status(answer: RateAnswer) -> int:
@@ -109,11 +113,10 @@ def exit_status(answer: RateAnswer) -> int:
 
 
 def _best(points: Sequence[Point]) -> Best | None:
-    known = [(p.throughput.rps, p.concurrency) for p in points if p.throughput]
-    if not known:
-        return None
-    throughput_rps, concurrency = max(known, key=lambda pair: (pair[0], -pair[1]))
-    return Best(concurrency, throughput_rps)
+    """The lowest concurrency that may be the best: among equals more slots only add waiting."""
+    known = [(p.concurrency, p.throughput) for p in points if p.throughput]
+    most_rps = max((throughput.rps for _, throughput in known), default=0.0)
+    return next((Best(n, throughput.rps) for n, throughput in known if throughput.high_rps >= most_rps), None)
 
 
 def _is_sure(points: Sequence[Point], goal: Goal) -> bool:
@@ -126,7 +129,9 @@ def _stopped_by(points: Sequence[Point], goal: Goal) -> str:
     high = bracket_of(points, goal).high
     if high is not None:
         return "success" if reach_of(high, goal) is Reach.FAILED else "client"
-    return "flat" if is_hopeless(points, goal, goal.ladder[-1]) else "ladder"
+    if not points:
+        return "client"
+    return "flat" if is_hopeless(points, goal, _FAR * points[-1].concurrency) else "ladder"
 
 
 def _claim(points: Sequence[Point], goal: Goal) -> str:

@@ -1,18 +1,19 @@
 """``rate``: from a server and a target to a concurrency. Composes probe, levels, open loop and run folder."""
 
 import asyncio
+from bisect import bisect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import msgspec
 
 from loadstone.core.errors import UsageError
-from loadstone.core.settings import LadderSettings, RuleSettings, check_range, parse_levels
+from loadstone.core.settings import check_range, parse_levels
 from loadstone.core.target import Exchange
 from loadstone.core.verdict import LevelKind
 from loadstone.measure.answer import row_of
-from loadstone.measure.arrivals import Arrivals
+from loadstone.measure.arrivals import Arrivals, offsets_ns
 from loadstone.measure.bench import BenchPlan, plan_notes, run_bench
 from loadstone.measure.find import FindSettings, Ready, level_json, level_plan, level_runner, make_ready, run_document
 from loadstone.measure.open_loop import judge_open_loop, window_of
@@ -29,7 +30,6 @@ from loadstone.measure.watch import Watcher
 
 RATE_FILE = "rate.json"
 OPEN_LOOP_FOLDER = "open_loop"
-RATE_LEVELS = "10,20,50,100,200"
 _POLL_S = 0.1
 _IDLE_MAX_S = 60.0
 
@@ -39,8 +39,8 @@ class RateSettings:
     """The target, and the rest as ``find`` knows it: server, data, ``min_success`` and ``resolution``, the ladder."""
 
     target_qps: float
-    num_prompts: int = 1000
-    find: FindSettings = field(default_factory=lambda: FindSettings(ladder=LadderSettings(levels=RATE_LEVELS)))
+    num_prompts: int
+    find: FindSettings
 
     def goal(self) -> Goal:
         """Raises UsageError for settings that make no sense."""
@@ -53,7 +53,7 @@ class RateSettings:
 
     def search(self, streams: bool) -> SearchSettings:
         """Levels held to success and validity alone."""
-        rules: RuleSettings = self.find.rules
+        rules = self.find.rules
         check_range("--min-success", rules.min_success, 0.0, 1.0)
         return SearchSettings(rules=rate_rules(rules.min_success, rules.resolution), streams=streams)
 
@@ -158,13 +158,16 @@ async def _play(
     started_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     t0_ns = server.clock.now_ns()
     telemetry.start(t0_ns)
+    due_ns = offsets_ns(plan.bench.arrivals, plan.bench.num_prompts, plan.bench.seed)
     done = 0
 
     def on_done(exchange: Exchange) -> None:
         nonlocal done
         done += 1
-        elapsed_s = (server.clock.now_ns() - t0_ns) / 1e9
-        watcher.level_progress(done, plan.bench.num_prompts, done / max(elapsed_s, 1e-3), None, elapsed_s, 0)
+        elapsed_ns = server.clock.now_ns() - t0_ns
+        in_flight = min(plan.concurrency, max(0, bisect(due_ns, elapsed_ns) - done))
+        elapsed_s = max(elapsed_ns / 1e9, 1e-3)
+        watcher.level_progress(done, plan.bench.num_prompts, done / elapsed_s, None, elapsed_s, in_flight)
 
     workload, endpoint = ready.prepared.workload, ready.endpoint
     try:

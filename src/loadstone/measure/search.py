@@ -231,9 +231,19 @@ def _narrow(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
     target = min(max(math.floor(guess.concurrency), low.concurrency + 1), high.concurrency - 1)
     if any(p.concurrency == target for p in inside):
         return None
+    answers = guess.holds and (_is_cheap(high.rule) or _pays_up_to(target, points, settings))
+    return _bracket_ask(target, answers, low, high, settings)
+
+
+def _pays_up_to(concurrency: int, points: Sequence[Point], settings: SearchSettings) -> bool:
+    """The gain line cannot lie below ``concurrency``."""
     gain = Curve.of(points).gain_under_line(settings.rules.min_gain)
-    pays_up_to_there = gain is None or gain.low >= target
-    return _bracket_ask(target, guess.holds and pays_up_to_there, low, high, settings)
+    return gain is None or gain.low >= concurrency
+
+
+def _is_cheap(rule: str) -> bool:
+    """Failing costs little: refusals and a full cache show at once."""
+    return rule.split(":")[0] in _CHEAP_RULES
 
 
 @dataclass(frozen=True)
@@ -251,7 +261,7 @@ def _guess(low: Point, high: Point, points: Sequence[Point], resolution: float) 
         return Guess(top / (1 + resolution), True)
     crossing = _crossing(low, high, points, resolution)
     if crossing is None:
-        power = 0.75 if high.rule.split(":")[0] in _CHEAP_RULES else 0.6
+        power = 0.75 if _is_cheap(high.rule) else 0.6
         return Guess(bottom * (top / bottom) ** power, False)
     # Just below the crossing closes the bracket from one side; where that is known already, just above it.
     below, step = crossing.concurrency * (1 - resolution / 2), 1 + resolution / 2
