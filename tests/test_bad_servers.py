@@ -343,3 +343,10 @@ def test_a_metrics_page_that_hangs_holds_nothing_up(command: Command) -> None:
     with serving(token_s=0.005, pages={"/metrics": servers.hangs}) as server:
         command.find(server.url, "--max-level-seconds", "0.3", at="1")
     assert any(record.ok for level in levels() for record in level.records)
+
+
+def test_requests_that_hang_fail_the_first_level(command: Command) -> None:
+    with serving(servers.never_ends, good=BEFORE_FIND, every=2, token_s=0.004) as server:
+        ran = command.find(server.url, "--json", "--max-level-seconds", "0.5", "--request-timeout-s", "1", at="1")
+    assert ran.status == 1
+    assert (ran.result["measured_max_concurrency"], ran.result["binding"]) == (None, "success")

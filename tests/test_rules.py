@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from loadstone.core.errors import UsageError
 from loadstone.core.records import Outcome
-from loadstone.core.verdict import ClientFigures, Verdict
-from loadstone.measure.rules import Judgement, Rules, Slo, Stance, extension, judge, requests_for
+from loadstone.core.verdict import ClientFigures, Finding, Verdict
+from loadstone.measure.rules import Rules, Slo, Stance, extension, judge, requests_for
 from loadstone.measure.steady import Metric, Summary, summarise
 from loadstone.measure.telemetry import ServerFigures
 from made_levels import level
@@ -321,8 +321,8 @@ def test_the_answers_own_level_takes_what_the_rules_need(concurrency: int, rules
     assert requests_for(Stance.CONFIRM, concurrency, 10_000, rules, True) == 10_000
 
 
-def open_judgement(rule: str) -> Judgement:
-    return Judgement(Verdict.UNRESOLVED, rule, "", False, [])
+def open_finding(rule: str) -> Finding:
+    return Finding(rule, Verdict.UNRESOLVED, "too close to tell")
 
 
 @given(
@@ -340,7 +340,7 @@ def test_an_open_level_grows_to_three_times_its_plan_at_most(
     found = dataclasses.replace(
         summary(), concurrency=n, requests=round(grown * planned), metrics={"ttft": Metric(values, 0, n)}
     )
-    more = extension(found, open_judgement(rule), Rules(), planned, steepness)
+    more = extension(found, open_finding(rule), Rules(), planned, steepness)
     most = 3 * max(planned, 60 if rule == "success" else 0)
     assert 0 <= more <= max(0, most - found.requests)
     if found.requests >= most:
@@ -356,7 +356,7 @@ def test_a_mean_near_its_limit_asks_for_what_its_spread_needs(steepness: float) 
     """n = τ(1.96·cv/(res·b))², τ = 2: where latency climbs steeply, little precision fixes the line."""
     values = 1000 * (1 + 0.25 * np.tile((1.0, -1.0), 50))
     found = dataclasses.replace(summary(), concurrency=1, requests=40, metrics={"ttft": Metric(values, 0, 10)})
-    more = extension(found, open_judgement("ttft"), Rules(), 80, steepness)
+    more = extension(found, open_finding("ttft"), Rules(), 80, steepness)
     assert more + 40 == pytest.approx(2 * (1.96 * 0.25 / (0.05 * steepness)) ** 2, abs=2)
 
 

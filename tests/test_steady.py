@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadstone.core.records import Outcome, RequestRecord
-from loadstone.measure.steady import LevelData, Summary, summarise
+from loadstone.measure.steady import Z_ONE_SIDED, LevelData, Summary, summarise
 from loadstone.measure.telemetry import ServerFigures
 from made_levels import level, meta, record
 
@@ -235,11 +235,12 @@ def test_a_success_rate_whose_failures_come_together_is_less_sure() -> None:
     clustered = [record(i, 10 + i / 100, outcome=Outcome.HTTP_ERROR if i < 20 else Outcome.OK) for i in range(400)]
     apart, together = summary(*spread, concurrency=20), summary(*clustered, concurrency=20)
     assert apart.success_rate == together.success_rate == 0.95
-    assert together.success_low < apart.success_low < 0.95 < apart.success_high < together.success_high
+    (low_apart, high_apart), (low_together, high_together) = apart.success_interval(), together.success_interval()
+    assert low_together < low_apart < 0.95 < high_apart < high_together
 
 
 def test_zero_failures_prove_ninety_five_percent_from_about_sixty_requests() -> None:
     def low(n: int) -> float:
-        return summary(*(record(i, 10 + i / 100) for i in range(n))).success_low
+        return summary(*(record(i, 10 + i / 100) for i in range(n))).success_interval(Z_ONE_SIDED)[0]
 
     assert low(60) >= 0.95 > low(50)

@@ -55,6 +55,9 @@ HARD = [
     Profile("outliving", base_s=0.015, max_num_seqs=24, max_waiting=3, work_outlives_client=True),
     Profile("small-cache", base_s=0.020, per_decode_seq_s=0.000_2, num_kv_blocks=250),
     Profile("one-at-a-time", base_s=0.010, max_num_seqs=1, max_waiting=0),
+    Profile(
+        "hangs-beyond", base_s=0.020, per_decode_seq_s=0.000_1, max_num_seqs=256, hang_beyond=30, stream_interval=16
+    ),
 ]
 
 
@@ -123,3 +126,10 @@ def test_a_cold_start_is_not_the_first_levels_failure(tmp_path: Path) -> None:
     first = [row for row in verdict.levels if row.concurrency == 1]
     assert first[-1].verdict is Verdict.PASS
     assert verdict.measured_max_concurrency is not None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_server_that_fails_one_in_ten_fails_at_the_first_level(seed: int, tmp_path: Path) -> None:
+    verdict = searched(replace(SHARP, name="broken", error_rate=0.10), tmp_path, seed)
+    assert (verdict.measured_max_concurrency, verdict.binding) == (None, "success")
+    assert exit_status(verdict) == EXIT_FAILED

@@ -41,6 +41,7 @@ def find(
     resume
         Go on with this run where it stopped, with its own settings.
     """
+    from dataclasses import replace
     from datetime import datetime
 
     from loadstone.cli.searching import Secrets, conclude, search
@@ -54,6 +55,7 @@ def find(
     if resume:
         folder = open_run(resume)
         settings = settings_of(folder.read_run(), resume)
+        settings = replace(settings, server=replace(settings.server, header=server.header))
         searched = search(settings, lambda model: folder, secrets, quiet=output.quiet, earlier=folder.levels())
     else:
         check_out(output.out)

@@ -1,21 +1,25 @@
 """The command line: one function for each verb, imported when it is called."""
 
 import sys
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cyclopts import App, CycloptsError
-from cyclopts.config import Env, Toml
+from cyclopts.config import Dict, Env
 
 from loadstone import __version__
 from loadstone.cli.command import shown_command
+from loadstone.cli.config import CONFIG_FILE, ENV_PREFIX, Config, Flags, from_environment, take_config
 from loadstone.cli.presets import HELP as PRESET_HELP
 from loadstone.cli.presets import MeasuredRun, expand
-from loadstone.core.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, LoadstoneError, UsageError
+from loadstone.core.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, LoadstoneError
 
-_CONFIG_FILE = "loadstone.toml"
 _HELP = "How many concurrent requests can my model server take? Measure it, and hold the server to it."
+_SETTINGS_HELP = (
+    "Every flag is equally an environment variable (--base-url: LOADSTONE_BASE_URL) and a key of loadstone.toml or "
+    "--config FILE. A flag beats the environment, which beats the file."
+)
 _VERBS = {
     "demo": "Embedded engine, search, report: nothing to configure, about a minute.",
     "find": "Find how many concurrent requests the server takes.",
@@ -32,15 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Foreseeable errors are one line on standard error."""
     tokens = list(sys.argv[1:] if argv is None else argv)
     try:
-        config_file = _config_file(tokens)
-        expansion = expand(tokens, _measured_run)
-        if expansion.show:
-            named = [] if config_file in (None, Path(_CONFIG_FILE)) else ["--config", str(config_file)]
-            print(shown_command(["loadstone", *expansion.tokens, *named]))
-            return EXIT_OK
-        app = build_app(config_file)
-        result = app(expansion.tokens, exit_on_error=False, print_error=False, result_action="return_value")
-        return result if isinstance(result, int) else 0
+        return _run(tokens, shown_command(tokens))
     except CycloptsError as error:
         return _complain(str(error), EXIT_USAGE)
     except LoadstoneError as error:
@@ -53,16 +49,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def build_app(config_file: Path | None) -> App:
-    """All verbs. A flag beats ``LOADSTONE_<FLAG>``, which beats the configuration file."""
-    config: list[Env | Toml] = [Env("LOADSTONE_", command=False)]
-    if config_file is not None:
-        config.append(Toml(config_file, use_commands_as_keys=False, allow_unknown=True, must_exist=True))
-    app = App(name="loadstone", help=_HELP, version=__version__, config=config, suppress_keyboard_interrupt=False)
+def _run(tokens: list[str], typed: str) -> int:
+    """``typed``: the command line, to be kept in the run folder."""
+    config = take_config(tokens)
+
+    def settings_of(verb: str) -> dict[str, Any]:
+        return config.settings_of(verb, known_flags()) if config.document and verb in _VERBS else {}
+
+    expansion = expand(tokens, _measured_run, lambda verb: settings_of(verb) | from_environment())
+    for note in expansion.notes:
+        print(f"loadstone: {note}", file=sys.stderr)
+    if expansion.show:
+        named = [] if config.path == Path(CONFIG_FILE) else ["--config", str(config.path)]
+        print(shown_command([*expansion.tokens, *named]))
+        return EXIT_OK
+    verb = next(iter(expansion.tokens), "")
+    app = build_app(verb, settings_of(verb), str(config.path))
+    command, bound, unparsed = app.parse_args(expansion.tokens, exit_on_error=False, print_error=False)
+    status = command(*bound.args, **bound.kwargs, **dict.fromkeys(unparsed, typed))
+    return status if isinstance(status, int) else EXIT_OK
+
+
+def build_app(called: str = "", settings: Mapping[str, Any] | None = None, source: str = "") -> App:
+    """All verbs. A flag beats ``LOADSTONE_<FLAG>``, which beats ``settings``, those of the file ``source``.
+
+    The verb that is ``called`` shows its whole docstring as help; the others have a line in the list of verbs.
+    """
+    given = Dict(dict(settings or {}), use_commands_as_keys=False, allow_unknown=True, source=source)
+    app = App(
+        name="loadstone",
+        help=_HELP,
+        version=__version__,
+        config=(Env(ENV_PREFIX, command=False, show=False), given),
+        suppress_keyboard_interrupt=False,
+    )
     for verb, summary in _VERBS.items():
-        epilogue = PRESET_HELP if verb in ("find", "bench") else None
-        app.command(f"loadstone.cli.{verb}:{verb}", name=verb, help=summary, help_epilogue=epilogue)
+        epilogue = f"{PRESET_HELP}\n{_SETTINGS_HELP}" if verb in ("find", "bench") else _SETTINGS_HELP
+        app.command(
+            f"loadstone.cli.{verb}:{verb}",
+            name=verb,
+            help=None if verb == called else summary,
+            help_epilogue=epilogue,
+        )
     return app
+
+
+def known_flags() -> dict[str, Flags]:
+    """The flags of every verb, for a configuration file to be held against."""
+    app = build_app()
+    return {
+        verb: {
+            name.removeprefix("--"): argument.token_count()[1]
+            for argument in app[verb].assemble_argument_collection()
+            for name in argument.names[:1]
+            if name.startswith("--")
+        }
+        for verb in _VERBS
+    }
 
 
 def _measured_run(folder: str) -> MeasuredRun:
@@ -70,33 +113,6 @@ def _measured_run(folder: str) -> MeasuredRun:
     from loadstone.cli.measured import measured_run
 
     return measured_run(folder)
-
-
-def _config_file(tokens: list[str]) -> Path | None:
-    """``--config FILE``, taken out of ``tokens``, else the one in the current folder. Raises UsageError."""
-    for position, token in enumerate(tokens):
-        if token == "--config" and position + 1 < len(tokens):
-            return _readable(Path(_take(tokens, position, 2)[1]))
-        if token.startswith("--config="):
-            return _readable(Path(_take(tokens, position, 1)[0].removeprefix("--config=")))
-    return _readable(Path(_CONFIG_FILE)) if Path(_CONFIG_FILE).is_file() else None
-
-
-def _readable(path: Path) -> Path:
-    """``path``, where it holds TOML: what reads it later does not name the file."""
-    try:
-        tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"configuration file {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"configuration file {path} cannot be read: {error}") from None
-    return path
-
-
-def _take(tokens: list[str], position: int, count: int) -> list[str]:
-    taken = tokens[position : position + count]
-    del tokens[position : position + count]
-    return taken
 
 
 def _complain(message: str, status: int) -> int:

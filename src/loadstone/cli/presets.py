@@ -1,12 +1,13 @@
 """``--preset`` and ``--scenario``: the concurrency-testing guide's goals and businesses as whole command lines.
 
-Pure: tokens in, tokens out, before the command line is parsed. What the user gives beats what a preset says, which
-beats what a scenario says; so no flag reaches the parser twice.
+Pure: tokens in, tokens out, before the command line is parsed. What the user gives (as a flag, in the environment or in
+a configuration file) beats what a preset says, which beats what a scenario says; so no flag reaches the parser twice.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from loadstone.core.errors import UsageError
 from loadstone.core.settings import DEFAULT_LEVELS
@@ -25,8 +26,8 @@ Ready-made command lines for find and bench; any flag beside them overrides thei
 
 --preset capacity: bench, 2000 requests at your --request-rate and 1.5 × your --max-concurrency.
 
---preset stability --run DIR: bench for --duration-s 3600 (or --num-prompts) the requests of the run in DIR, at 0.8 × \
-the line that it found and 0.8 × its throughput there.
+--preset stability --run DIR: bench for --duration-s 3600 the requests of the run in DIR, at 0.8 × the line that it \
+found and 0.8 × its throughput there; at most 100,000 requests, unless --num-prompts says more.
 
 --scenario support | content | code: bench at that business's concurrency, rate and lengths; with --preset its lengths \
 and what the preset asks for.
@@ -71,6 +72,8 @@ _GROWTH = 1.5
 _CAUTION = 0.8
 _DURATION_S = 3600.0
 _FEWEST_LONG_RUN_PROMPTS = 2000
+_MOST_LONG_RUN_PROMPTS = 100_000
+"""All requests are built before the first is sent and all replies kept: more than this takes gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -87,49 +90,66 @@ class MeasuredRun:
 ReadRun = Callable[[str], MeasuredRun]
 """Raises UsageError where the folder holds no finished run with a line."""
 
+Elsewhere = Callable[[str], Mapping[str, Any]]
+"""What is given for a verb outside the command line, by the names of flags without their dashes."""
+
 
 @dataclass(frozen=True)
 class Expansion:
     tokens: list[str]
     """The command line to parse."""
-    show: bool
+    show: bool = False
     """Print it instead."""
+    notes: tuple[str, ...] = ()
+    """Sentences that a person should read first."""
 
 
-def expand(tokens: Sequence[str], read_run: ReadRun) -> Expansion:
+def _nothing(verb: str) -> dict[str, Any]:
+    return {}
+
+
+def expand(tokens: Sequence[str], read_run: ReadRun, elsewhere: Elsewhere = _nothing) -> Expansion:
     """Replace ``--preset``, ``--scenario`` and ``--show`` of ``find`` and ``bench`` by the flags they stand for.
 
     Raises UsageError for a name that is none, and for what a preset asks for and does not get.
     """
     if not tokens or tokens[0] not in ("find", "bench"):
-        return Expansion(list(tokens), False)
+        return Expansion(list(tokens))
     rest = list(tokens[1:])
     show = _take_switch(rest, "--show")
     preset, scenario = _take_name(rest, "--preset", PRESETS), _take_name(rest, "--scenario", SCENARIOS)
     if not preset and not scenario:
         return Expansion([tokens[0], *rest], show)
     verb = "find" if preset == "limit" else "bench"
-    flags = _stability(rest, scenario, read_run) if preset == "stability" else _layers(rest, preset, scenario)
-    given = _given(rest)
+    outside = {f"--{name}": str(value) for name, value in elsewhere(verb).items()}
+    notes: tuple[str, ...] = ()
+    if preset == "stability":
+        flags, notes = _stability(rest, scenario, read_run)
+    else:
+        flags = _layers(rest, preset, scenario, outside)
+    given = _given(rest) | outside.keys()
     if given & {"--endpoint", "--backend"}:
         flags.pop("--endpoint", None)
+    if "--num-prompts" in given:
+        notes = ()
     added = [word for flag, value in flags.items() if flag not in given for word in (flag, value)]
-    return Expansion([verb, *added, *rest], show)
+    return Expansion([verb, *added, *rest], show, notes)
 
 
-def _layers(rest: list[str], preset: str, scenario: str) -> Flags:
+def _layers(rest: list[str], preset: str, scenario: str, outside: Flags) -> Flags:
     """What preset and scenario say together, before the user's own flags."""
     business = SCENARIOS.get(scenario, {})
     if preset == "limit":
         return _CHAT | PRESETS[preset] | _LENGTHS | {f: v for f, v in business.items() if f in _LENGTHS}
     flags = _CHAT | _LENGTHS | business | PRESETS.get(preset, {})
-    given = _given(rest)
+    given = _given(rest) | outside.keys()
     for flag in _ASKED_FOR.get(preset, ()):
         if flag not in given and flag not in flags:
             raise UsageError(f"--preset {preset} needs {flag}: {_WHY[flag]}")
     if preset == "capacity":
-        target = _take_value(rest, "--max-concurrency") or flags["--max-concurrency"]
-        flags["--max-concurrency"] = str(math.ceil(_GROWTH * _number("--max-concurrency", target)))
+        planned = _take_value(rest, "--max-concurrency") or (flags | outside)["--max-concurrency"]
+        grown = math.ceil(_GROWTH * _number("--max-concurrency", planned))
+        rest[:0] = ["--max-concurrency", str(grown)]
     return flags
 
 
@@ -139,7 +159,8 @@ _WHY = {
 }
 
 
-def _stability(rest: list[str], scenario: str, read_run: ReadRun) -> Flags:
+def _stability(rest: list[str], scenario: str, read_run: ReadRun) -> tuple[Flags, tuple[str, ...]]:
+    """(what it says before the user's own flags, what is to be said of it)"""
     if scenario:
         raise UsageError("--scenario does not go with --preset stability, which repeats the requests of its run")
     folder = _take_value(rest, "--run")
@@ -148,13 +169,19 @@ def _stability(rest: list[str], scenario: str, read_run: ReadRun) -> Flags:
     duration_s = _number("--duration-s", _take_value(rest, "--duration-s") or str(_DURATION_S))
     run = read_run(folder)
     rate_rps = float(f"{_CAUTION * run.throughput_rps:.4g}")
-    return {
+    wanted = max(_FEWEST_LONG_RUN_PROMPTS, math.ceil(rate_rps * duration_s))
+    prompts = min(wanted, _MOST_LONG_RUN_PROMPTS)
+    flags = {
         **_CHAT,
         **run.workload,
         "--max-concurrency": str(max(1, math.floor(_CAUTION * run.line))),
         "--request-rate": f"{rate_rps:g}",
-        "--num-prompts": str(max(_FEWEST_LONG_RUN_PROMPTS, math.ceil(rate_rps * duration_s))),
+        "--num-prompts": str(prompts),
     }
+    if prompts == wanted:
+        return flags, ()
+    lasts = f"{prompts:,} requests last {prompts / rate_rps:.0f} s of the {duration_s:g} s asked for"
+    return flags, (f"--preset stability sends no more by itself: {lasts}; --num-prompts {wanted} sends all",)
 
 
 def _number(flag: str, text: str) -> float:

@@ -145,7 +145,7 @@ def _binding(candidate: Candidate | None, bracket: Bracket) -> str:
     if candidate is not None:
         return candidate.binding
     if bracket.high is None:
-        return "client"
+        return ""
     return "client" if bracket.high.verdict is Verdict.INVALID else bracket.high.rule
 
 
@@ -243,9 +243,8 @@ def _held(candidate: Candidate, points: Sequence[Point], levels: Sequence[LevelD
     if not same:
         return f"{candidate.concurrency} held: n = {here.requests}, {here.reason}"
     summary = summarise(same)
-    success = (
-        f"success {100 * summary.success_rate:.4g} % [{100 * summary.success_low:.1f}–{100 * summary.success_high:.1f}]"
-    )
+    low, high = summary.success_interval()
+    success = f"success {100 * summary.success_rate:.4g} % [{100 * low:.1f}–{100 * high:.1f}]"
     seen = f"{candidate.concurrency} held: n = {summary.requests}, {success}"
     return f"{seen}, {here.reason}" if settings.rules.latency(summary.streams) and here.reason else seen
 

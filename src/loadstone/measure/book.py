@@ -38,6 +38,11 @@ class RunBook:
         self.rows.append(row)
         return row
 
+    @property
+    def next_ordinal(self) -> int:
+        """Beyond every level that stands, also where one in between was deleted."""
+        return max((level.meta.ordinal for level in self.levels), default=0) + 1
+
     def ask(self) -> Ask | None:
         """The next level; None when the search is over."""
         return ask(self.points, self.settings)

@@ -3,7 +3,7 @@
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -40,6 +40,7 @@ from loadstone.measure.vllm_result import ResultSettings, vllm_result
 from loadstone.measure.watch import Watcher
 from loadstone.measure.workload import WorkloadSettings
 
+FEWEST_REQUESTS_PER_SLOT = 5
 _REHEARSALS = 8
 _WARM_WITHIN = 1.3
 """A server whose last two lone requests took nearly the same time is warm."""
@@ -199,9 +200,15 @@ async def find(
     used_rows = sum(len(level.records) for level in earlier)
     ready = await make_ready(server, settings, watcher, admin=admin, used_rows=used_rows)
     search = search_settings(settings.rules, settings.ladder, ready.rehearsal.streams)
+    settings = replace(settings, server=replace(settings.server, model=ready.model))
     folder = open_folder(ready.model)
     if not earlier:
         folder.write_run(run_document(settings, ready, command, now()))
+    if settings.ladder.requests_per_slot < FEWEST_REQUESTS_PER_SLOT:
+        watcher.note(
+            f"--requests-per-slot {settings.ladder.requests_per_slot} is little: 5 to 10 requests for each slot give "
+            "figures to rely on"
+        )
     book = RunBook(search, earlier)
     runner = level_runner(server, settings, ready, search, watcher, admin)
     try:
@@ -218,8 +225,9 @@ async def _search(
     book: RunBook, runner: LevelRunner, folder: RunFolder, watcher: Watcher, settings: FindSettings
 ) -> None:
     while (wanted := book.ask()) is not None:
-        watcher.note(f"{wanted.concurrency}: {wanted.why}")
-        result = await runner.run(level_plan(wanted, len(book.levels) + 1))
+        if wanted.why:
+            watcher.note(f"{wanted.concurrency}: {wanted.why}")
+        result = await runner.run(level_plan(wanted, book.next_ordinal))
         folder.write_level(result.data, result.samples, level_json(result.data, settings))
         watcher.level_decided(book.add(result.data))
         folder.write_verdict(book.verdict())
@@ -302,7 +310,8 @@ def run_document(settings: FindSettings, ready: Ready, command: str, now: dateti
         "loadstone": __version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "settings": asdict(settings),
+        # Headers may hold keys; a resumed run takes them from its own command line.
+        "settings": asdict(replace(settings, server=replace(settings.server, header=()))),
         "workload": {"notes": list(ready.prepared.notes)},
         "server": {
             "base_url": settings.server.base_url,

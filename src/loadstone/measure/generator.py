@@ -7,7 +7,7 @@ event loop, so that no scheduler stands between two requests of a slot. Neither 
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from loadstone.core.clock import Clock, Timer
 from loadstone.core.target import Exchange, Request, Target
@@ -175,6 +175,11 @@ class ClosedLoop:
     def set_request_time(self, request_ns: int) -> None:
         """What a request takes now: the pause after a failure is a quarter of it."""
         self._pause_ns = min(max(request_ns // 4, PAUSE_MIN_NS), PAUSE_MAX_NS)
+
+    def cut(self, exchanges: Iterable[Exchange]) -> None:
+        """End these now; their slots go on after a pause."""
+        for exchange in exchanges:
+            self._target.cancel(exchange)
 
     def abort(self) -> None:
         """Cut everything in flight and close every slot."""

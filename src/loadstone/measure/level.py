@@ -180,7 +180,8 @@ class LevelState:
         return all(now_ns - exchange.planned_ns > self._hung_ns() for exchange in self._waiting)
 
     def _hung_ns(self) -> int:
-        return max(HUNG_TIMES * self.mean_ns, 3 * self._longest_ns, HUNG_MIN_NS)
+        least_ns = HUNG_MIN_NS if self._max_ns is None else min(HUNG_MIN_NS, self._max_ns)
+        return max(HUNG_TIMES * self.mean_ns, 3 * self._longest_ns, least_ns)
 
 
 class LiveView:

@@ -58,7 +58,7 @@ def judge_level(level: LevelData, rules: Rules, stance: Stance) -> tuple[Summary
 def point_of(levels: Sequence[LevelData], rules: Rules) -> Point:
     """Pool all levels that were run at one concurrency, in running order."""
     usable = [level for level in levels if level.complete and not _void(level, rules)]
-    if usable:
+    if usable and not _failed_early(levels[-1], rules):
         summary = summarise(usable)
         stance = Stance.CONFIRM if levels[-1].meta.kind == "confirm" else Stance.SETTLE
         judgement = judge(summary, rules, stance)
@@ -80,6 +80,10 @@ def point_of(levels: Sequence[LevelData], rules: Rules) -> Point:
         refuted=judgement.verdict is Verdict.FAIL and levels[-1].meta.kind == "confirm",
         supported=summary.concurrency if _keeps_up(summary, rules) else summary.supported_concurrency,
     )
+
+
+def _failed_early(level: LevelData, rules: Rules) -> bool:
+    return not level.complete and judge_level(level, rules, Stance.SETTLE)[1].verdict is Verdict.FAIL
 
 
 def _void(level: LevelData, rules: Rules) -> bool:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loadstone.core.errors import UsageError
-from loadstone.core.stats import needed_for_mean, quantile_interval
+from loadstone.core.records import Outcome
+from loadstone.core.stats import Z_95, needed_for_mean, quantile_interval, wilson
 from loadstone.core.verdict import Finding, Verdict
 from loadstone.measure.steady import Z_ONE_SIDED, Metric, Summary
 
@@ -59,7 +60,8 @@ class Slo:
             slo = cls(parts[0], parts[1], float(parts[2]))
         except (IndexError, ValueError):
             slo = cls("", "", 0.0)
-        if len(parts) != 3 or slo.metric not in SLO_METRICS or slo.stat not in SLO_STATS or not slo.limit_ms > 0:
+        known = slo.metric in SLO_METRICS and slo.stat in SLO_STATS
+        if len(parts) != 3 or not known or not 0 < slo.limit_ms < math.inf:
             form = f"{'|'.join(SLO_METRICS)}:{'|'.join(SLO_STATS)}:milliseconds"
             raise UsageError(f"--slo {text!r} cannot be read: give {form}, for example tpot:p99:50")
         return slo
@@ -112,8 +114,10 @@ def judge(summary: Summary, rules: Rules, stance: Stance = Stance.EXPLORE) -> Ju
     """Hold a level to the rules. Pure: the same records and rules give the same judgement."""
     success = _success(summary, rules, stance)
     voided = _voided(summary)
-    if voided is not None and success.verdict is not Verdict.FAIL:
+    if voided is not None and not _failed_by_its_own_word(summary, rules):
         return Judgement(Verdict.INVALID, "client", voided.reason, True, [voided])
+    if summary.requests == 0 and success.verdict is Verdict.UNRESOLVED:
+        return Judgement(Verdict.UNRESOLVED, success.rule, success.reason, False, [success])
     findings = [success, *resource_findings(summary, rules)]
     for rule, metric, stat, limit_ms in rules.latency(summary.streams):
         findings.append(_threshold(rule, summary.metrics[metric], stat, limit_ms, stance))
@@ -158,22 +162,31 @@ def _point_holds(finding: Finding, summary: Summary, rules: Rules) -> bool:
 
 def _success(summary: Summary, rules: Rules, stance: Stance) -> Finding:
     limit = rules.min_success
+    shown_low, shown_high = summary.success_interval()
+    proven, _ = summary.success_interval(Z_ONE_SIDED)
+    best = summary.success_interval(Z_ONE_SIDED if stance is Stance.CONFIRM else Z_95)[1]
     rate = (
-        f"success {_percent(summary.success_rate)} "
-        f"[{100 * summary.success_low:.1f}–{100 * summary.success_high:.1f}] of {summary.requests}"
+        f"success {_percent(summary.success_rate)} [{100 * shown_low:.1f}–{100 * shown_high:.1f}] of {summary.requests}"
     )
     if summary.failures:
         rate += f" ({', '.join(f'{count} {name}' for name, count in sorted(summary.failures.items()))})"
-    if summary.requests == 0:
-        return Finding("success", Verdict.UNRESOLVED, "no request was judged")
-    if summary.success_rate < limit and (stance is Stance.SETTLE or summary.success_high < limit):
-        return Finding("success", Verdict.FAIL, f"{rate} < {100 * limit:g} %")
     if 1 - summary.hung_share < limit:
         hung = f"requests that hung held {100 * summary.hung_share:.1f} % of the slots' time"
         return Finding("success", Verdict.FAIL, f"{hung}; {100 * (1 - limit):g} % is allowed")
-    if not summary.failures or summary.success_low >= limit:
+    if summary.requests == 0:
+        return Finding("success", Verdict.UNRESOLVED, "no request was judged")
+    if summary.success_rate < limit and (stance is Stance.SETTLE or best < limit):
+        return Finding("success", Verdict.FAIL, f"{rate} < {100 * limit:g} %")
+    if not summary.failures or proven >= limit:
         return Finding("success", Verdict.PASS, rate)
     return Finding("success", Verdict.UNRESOLVED, f"{rate}, limit {100 * limit:g} %")
+
+
+def _failed_by_its_own_word(summary: Summary, rules: Rules) -> bool:
+    """Status, reset and refused connection are the server's evidence whatever the client's state; a time-out is not."""
+    told = sum(count for name, count in summary.failures.items() if name != Outcome.TIMEOUT)
+    _, best = wilson(summary.requests - told, summary.requests, Z_95, summary.success_effect)
+    return best < rules.min_success
 
 
 def _voided(summary: Summary) -> Finding | None:
@@ -223,20 +236,23 @@ def _threshold(rule: str, metric: Metric, stat: str, limit_ms: float, stance: St
         )
     name = rule.removeprefix("slo:")
     text = _latency(name, stat, value, low, high)
-    lower = low if stance is not Stance.CONFIRM else _one_sided_low(metric, stat)
+    lower = low if stance is not Stance.CONFIRM else _one_sided(metric, stat)[0]
     if lower > limit_ms:
         return Finding(rule, Verdict.FAIL, f"{text} > {limit_ms:g} ms")
     # An infinite upper bound of a quantile only says that there are few requests: not shown to fail.
-    shown = high if math.isfinite(high) or stance is Stance.CONFIRM else value
+    explored = high if math.isfinite(high) else value
+    shown = _one_sided(metric, stat)[1] if stance is Stance.CONFIRM else explored
     if shown <= limit_ms:
         return Finding(rule, Verdict.PASS, f"{text} ≤ {limit_ms:g} ms")
     return Finding(rule, Verdict.UNRESOLVED, f"{text}, limit {limit_ms:g} ms")
 
 
-def _one_sided_low(metric: Metric, stat: str) -> float:
+def _one_sided(metric: Metric, stat: str) -> tuple[float, float]:
+    """Bounds that the true value passes with 5 % each."""
     if stat == "mean":
-        return metric.mean_ms - Z_ONE_SIDED * metric.estimate.se
-    return quantile_interval(metric.values_ms, float(stat[1:]) / 100, metric.infinite, Z_ONE_SIDED)[0]
+        margin = Z_ONE_SIDED * metric.estimate.se
+        return metric.mean_ms - margin, metric.mean_ms + margin
+    return quantile_interval(metric.values_ms, float(stat[1:]) / 100, metric.infinite, Z_ONE_SIDED)
 
 
 def metric_label(rule: str) -> str:
@@ -272,20 +288,31 @@ def requests_for(stance: Stance, concurrency: int, base: int, rules: Rules, stre
     needed = [10 * concurrency, SUCCESS_PROOF_REQUESTS]
     for _, _, stat, _ in rules.latency(streams):
         if stat != "mean":
-            # From this many on, the largest of them bounds the quantile at 95 %.
-            needed.append(math.ceil(math.log(0.05) / math.log(float(stat[1:]) / 100)))
+            # The rule of three: from this many on, the largest of them bounds the quantile at 95 %.
+            needed.append(math.ceil(3 / (1 - float(stat[1:]) / 100)))
     return max(base, *needed)
 
 
-def extension(summary: Summary, judgement: Judgement, rules: Rules, planned: int, steepness: float) -> int:
-    """Requests still to judge before an UNRESOLVED level is settled by its point value; 0 when it has had its share.
+def undecided(summary: Summary, judgement: Judgement, rules: Rules) -> Finding | None:
+    """The finding that more requests would settle: of an UNRESOLVED level, or of a confirmation that holds only
+    because its violation is not significant yet."""
+    open_ones = [finding for finding in judgement.findings if finding.verdict is Verdict.UNRESOLVED]
+    if judgement.verdict is Verdict.UNRESOLVED:
+        return next(iter(open_ones), None)
+    if judgement.verdict is Verdict.PASS:
+        return next((finding for finding in open_ones if not _point_holds(finding, summary, rules)), None)
+    return None
+
+
+def extension(summary: Summary, finding: Finding, rules: Rules, planned: int, steepness: float) -> int:
+    """Requests still to judge before an open finding is settled by its point value; 0 when it has had its share.
 
     ``steepness`` is b = dln(latency)/dlnN here: where a latency climbs steeply, little precision fixes the line.
     """
-    most = MAX_EXTENSION * max(planned, SUCCESS_PROOF_REQUESTS if judgement.rule == "success" else 0)
+    most = MAX_EXTENSION * max(planned, SUCCESS_PROOF_REQUESTS if finding.rule == "success" else 0)
     target = most
     for rule, metric, stat, _ in rules.latency(summary.streams):
-        if rule == judgement.rule and stat == "mean":
+        if rule == finding.rule and stat == "mean":
             target = needed_for_mean(summary.metrics[metric].cv, rules.resolution, max(1.0, steepness))
             if summary.requests >= target:
                 return 0

@@ -20,7 +20,7 @@ from loadstone.measure.early import certain_failure
 from loadstone.measure.generator import ClosedLoop
 from loadstone.measure.level import LevelPlan, LevelState, LiveView, Phase
 from loadstone.measure.points import judge_level
-from loadstone.measure.rules import MAX_PREEMPTED_SHARE, SUCCESS_PROOF_REQUESTS, Rules, extension
+from loadstone.measure.rules import MAX_PREEMPTED_SHARE, SUCCESS_PROOF_REQUESTS, Rules, extension, undecided
 from loadstone.measure.steady import LevelData, LevelMeta, Summary
 from loadstone.measure.telemetry import Telemetry, TelemetrySample, summarise_telemetry
 from loadstone.measure.watch import Watcher
@@ -149,24 +149,28 @@ class LevelRunner:
             stopped = await self._until_over(state, live)
             if stopped:
                 break
-            await reader.read()
+            await reader.read(state.hung(self._clock.now_ns()))
             data = self._data(state, reader, self._telemetry.samples, started_at, "")
             summary, judgement = judge_level(data, self._settings.rules, plan.stance)
-            more = 0
-            if judgement.verdict is Verdict.UNRESOLVED and not state.ran_out:
-                steepness = self._steepness(summary)
-                more = extension(summary, judgement, self._settings.rules, plan.requests, steepness)
+            finding = None if state.ran_out else undecided(summary, judgement, self._settings.rules)
+            if finding is None:
+                break
+            more = extension(summary, finding, self._settings.rules, plan.requests, self._steepness(summary))
             if not more:
                 break
-            self._watcher.note(f"level {plan.ordinal} is not resolved ({judgement.reason}): {more} requests more")
+            self._watcher.note(f"{plan.concurrency}: {finding.reason}: too close to tell, {more} requests more")
             state.extend(more, self._clock.now_ns())
         passed = not stopped and judgement.verdict is Verdict.PASS
         hung = state.hung(self._clock.now_ns())
-        if not passed:
+        await reader.read(hung)
+        if passed:
+            # A slot that hangs would be missing in the next level, which knows nothing of its request.
+            self._loop.cut(hung)
+        else:
             self._dirty = True
             await self._abort()
         samples = await self._telemetry.stop()
-        await reader.read(hung)
+        await reader.read()
         clock_step_ms = self._stamps.remeasure() if self._stamps is not None else 0.0
         data = self._data(state, reader, samples, started_at, stopped, clock_step_ms)
         self._learn(data)

@@ -28,6 +28,8 @@ TOP_UP_REQUESTS = 2
 WINDOW_TIMES = 5
 """A window of fewer request times holds too few waves to judge by itself."""
 MAX_STEPS_DOWN = 3
+MAX_RUNS = 3
+"""Of one level: more would not settle what these did not."""
 MAX_BISECTIONS = 16
 MAX_GAIN_LEVELS = 6
 _CHEAP_RULES = ("success", "resource")
@@ -195,11 +197,10 @@ def _climb(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
     if bracket_of(points).high is not None or _doubling_stopped_paying(points, settings):
         return None
     known = {point.concurrency for point in points}
-    following = next((level for level in settings.ladder if level not in known), None)
-    top = points[-1].concurrency if points else 0
-    if following is None or following < top:
-        return None
-    return _ladder(following, settings, "the next level of the ladder")
+    low = bracket_of(points).low
+    top = low.concurrency if low is not None else 0
+    following = next((level for level in settings.ladder if level > top and level not in known), None)
+    return None if following is None else _ladder(following, settings, "")
 
 
 def _doubling_stopped_paying(points: Sequence[Point], settings: SearchSettings) -> bool:
@@ -257,7 +258,7 @@ class Guess:
 
 def _guess(low: Point, high: Point, points: Sequence[Point], resolution: float) -> Guess:
     bottom, top = low.concurrency, high.concurrency
-    if high.refuted:
+    if high.refuted and sum(1 for point in points if point.refuted) <= MAX_STEPS_DOWN:
         return Guess(top / (1 + resolution), True)
     crossing = _crossing(low, high, points, resolution)
     if crossing is None:
@@ -385,7 +386,7 @@ def _confirm(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
         return measuring
     here = next((p for p in points if p.concurrency == candidate.concurrency), None)
     have = here.requests if here is not None else 0
-    if have >= _needed(candidate.concurrency, settings) or (here is not None and here.runs > MAX_STEPS_DOWN):
+    if have >= _needed(candidate.concurrency, settings) or (here is not None and here.runs > MAX_RUNS):
         return None
     return _confirming(candidate.concurrency, settings, "the answer's own level", have)
 
@@ -402,6 +403,13 @@ def _recommended(points: Sequence[Point], settings: SearchSettings) -> Ask | Non
 def _measuring(points: Sequence[Point], target: int, why: str) -> Ask | None:
     """A level that is run for its figures; None where they are known or not to be had."""
     here = next((p for p in points if p.concurrency == target), None)
-    if here is not None and (here.throughput is not None or here.runs > 1):
+    if here is not None and (here.runs > 1 or (here.throughput is not None and not _implausible(here, points))):
         return None
     return Ask(LevelKind.CONFIRM, target, BRACKET_REQUESTS * target, Stance.CONFIRM, False, why)
+
+
+def _implausible(point: Point, points: Sequence[Point]) -> bool:
+    """Less throughput than at a lower concurrency, beyond both errors: rather an accident than the server."""
+    assert point.throughput is not None, "only a measured level can be implausible"
+    below = [p.throughput for p in points if p.concurrency < point.concurrency and p.throughput is not None]
+    return any(point.throughput.high_rps < other.low_rps for other in below)

@@ -152,8 +152,8 @@ class Summary:
     requests: int
     successes: int
     failures: dict[str, int]
-    success_low: float
-    success_high: float
+    success_effect: float
+    """How much failures that come together widen the interval of the success rate."""
     hung_share: float
     """Share of the slots' time spent in requests that hung (timed out); 0 where none did."""
     throughput: Throughput | None
@@ -180,6 +180,10 @@ class Summary:
     def success_rate(self) -> float:
         return self.successes / self.requests if self.requests else 0.0
 
+    def success_interval(self, z: float = Z_95) -> tuple[float, float]:
+        """Wilson's interval of the success rate; ``Z_ONE_SIDED`` gives the bounds of a one-sided 5 %."""
+        return wilson(self.successes, self.requests, z, self.success_effect)
+
     @property
     def supported_concurrency(self) -> int:
         """What a PASS is evidence for: slots that stood empty for a share D of the time did not load the server."""
@@ -193,8 +197,6 @@ def summarise(levels: Sequence[LevelData]) -> Summary:
     wave = levels[0].meta.concurrency
     failures = Counter(str(r.outcome) for r in judged if not r.ok)
     effect = design_effect([[r.ok for r in part] for part in _waves(judged, wave)])
-    low, _ = wilson(len(good), len(judged), Z_ONE_SIDED, effect)
-    _, high = wilson(len(good), len(judged), Z_95, effect)
     metrics = {
         "ttft": _metric(judged, wave, _ttft_ms),
         "e2el": _metric(judged, wave, _e2el_ms),
@@ -206,8 +208,7 @@ def summarise(levels: Sequence[LevelData]) -> Summary:
         requests=len(judged),
         successes=len(good),
         failures=dict(failures),
-        success_low=low,
-        success_high=high,
+        success_effect=effect,
         hung_share=max(_hung_share(level) for level in levels),
         throughput=_throughput(levels),
         output_tps=_output_tps(levels),
