@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from loadstone.cli.bench_settings import BenchSettings
+from loadstone.cli.command import CommandLine
 
 if TYPE_CHECKING:
     import ssl
@@ -18,7 +19,7 @@ _REDRAW_EVERY_S = 0.25
 _DEFAULTS = BenchSettings()
 
 
-def bench(settings: BenchSettings = _DEFAULTS) -> int:
+def bench(settings: BenchSettings = _DEFAULTS, *, command: CommandLine = "") -> int:
     """Measure one level: the flags, output and JSON of `vllm bench serve`.
 
     With --result-filename, --save-result or --append-result the result is written to a file as well.
@@ -49,7 +50,7 @@ def bench(settings: BenchSettings = _DEFAULTS) -> int:
     own = {"output_tokens_from": played.output_tokens_from, "notes": notes, "steady": view}
     result = vllm_result(played.records, setup.result, played.duration_s, loadstone=own)
     if settings.out:
-        write_run(settings, setup, level, result, now)
+        write_run(settings, setup, level, result, now, command)
 
     if not settings.quiet:
         _say(failure_lines(played.records))

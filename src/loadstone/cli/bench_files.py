@@ -1,7 +1,6 @@
 """Where ``bench`` writes its result, and that it can."""
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -11,7 +10,6 @@ from typing import Any
 from loadstone import __version__
 from loadstone.cli.bench_settings import BenchSettings
 from loadstone.cli.bench_setup import Setup
-from loadstone.cli.command import shown_command
 from loadstone.core.errors import UsageError
 from loadstone.core.settings import DataSettings, LadderSettings, ServerSettings
 from loadstone.measure.find import FindSettings
@@ -64,7 +62,7 @@ def save(file: Path, result: Mapping[str, Any], append: bool) -> None:
 
 
 def write_run(
-    settings: BenchSettings, setup: Setup, level: LevelData, result: Mapping[str, Any], now: datetime
+    settings: BenchSettings, setup: Setup, level: LevelData, result: Mapping[str, Any], now: datetime, command: str
 ) -> None:
     """The level as a run folder (``--out``) that ``judge`` reads; raises LoadstoneError where it cannot be written."""
     folder = create_run(settings.out, setup.result.model_id, now)
@@ -83,7 +81,7 @@ def write_run(
     folder.write_run(
         {
             "schema": 1,
-            "command": shown_command(sys.argv),
+            "command": command,
             "created_at": now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "loadstone": __version__,
             "settings": asdict(known),

@@ -34,8 +34,8 @@ class BenchSettings:
     """Model name; by default the first that /v1/models lists."""
     served_model_name: Annotated[str | None, _SERVER] = None
     """Name to use in requests, where it is not the same as --model."""
-    api_key: Annotated[str | None, Parameter(env_var="OPENAI_API_KEY"), _SERVER] = None
-    """Sent as a bearer token."""
+    api_key: Annotated[str | None, Parameter(env_var=("LOADSTONE_API_KEY", "OPENAI_API_KEY")), _SERVER] = None
+    """Sent as a bearer token. Never written to disk."""
     header: Annotated[_Words, _SERVER] = ()
     """Extra request headers, KEY=VALUE …"""
     insecure: Annotated[bool, _SERVER] = False

@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loadstone.cli.command import CommandLine
+
 if TYPE_CHECKING:
     from loadstone.measure.find import FindSettings
     from loadstone.serve.engines.tiny_gguf import TinyShape
@@ -36,13 +38,13 @@ The report of this run again, with the table of levels:
     loadstone report {run} --text"""
 
 
-def demo(*, out: Path | None = None) -> int:
+def demo(*, out: Path | None = None, command: CommandLine = "") -> int:
     """Start a small engine on this machine, find its line, and write a report: about a minute, nothing to set up.
 
     Parameters
     ----------
     out
-        Folder of the run; runs/<time>-demo where none is given. Must be empty or not exist.
+        Folder of the run; runs/TIME-demo where none is given. Must be empty or not exist.
     """
     from datetime import datetime
 
@@ -82,7 +84,7 @@ def demo(*, out: Path | None = None) -> int:
             )
         )
         running.enter_context(pinned_to(generator_cores))
-        searched = search(demo_settings(base_url), lambda model: folder, Secrets(), quiet=False)
+        searched = search(demo_settings(base_url), lambda model: folder, Secrets(), command, quiet=False)
     if searched.verdict is None:
         # The engine is gone: there is nothing to resume against.
         print(f"loadstone: interrupted; what was measured lies in {folder.path}", file=sys.stderr)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from loadstone.cli.command import CommandLine
 from loadstone.core.settings import DataSettings, LadderSettings, OutputSettings, RuleSettings, ServerSettings
 
 FLAT = Parameter(name="*", negative=())
@@ -26,6 +27,7 @@ def find(
     api_key: ApiKey = "",
     admin_key: str = "",
     resume: str = "",
+    command: CommandLine = "",
 ) -> int:
     """Find how many concurrent requests the server takes.
 
@@ -56,9 +58,9 @@ def find(
         folder = open_run(resume)
         settings = settings_of(folder.read_run(), resume)
         settings = replace(settings, server=replace(settings.server, header=server.header))
-        searched = search(settings, lambda model: folder, secrets, quiet=output.quiet, earlier=folder.levels())
+        searched = search(settings, lambda model: folder, secrets, command, quiet=output.quiet, earlier=folder.levels())
     else:
         check_out(output.out)
         settings = FindSettings(server, data, rules, ladder)
-        searched = search(settings, create, secrets, quiet=output.quiet)
+        searched = search(settings, create, secrets, command, quiet=output.quiet)
     return conclude(searched, quiet=output.quiet, json=output.json)

@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+from loadstone.cli.command import CommandLine
 from loadstone.cli.find import FLAT, ApiKey
 from loadstone.core.settings import DataSettings, OutputSettings, ServerSettings
 
@@ -22,6 +23,7 @@ def rate(
     output: Annotated[OutputSettings, FLAT] = _OUTPUT,
     api_key: ApiKey = "",
     admin_key: str = "",
+    command: CommandLine = "",
 ) -> int:
     """Find the smallest concurrency that sustains a request rate.
 
@@ -62,5 +64,5 @@ def rate(
     settings = RateSettings(target_qps, num_prompts, FindSettings(server, data, rules, LadderSettings(levels=levels)))
     settings.goal()
     check_out(output.out)
-    rated = search_rate(settings, create, Secrets(api_key, admin_key), quiet=output.quiet)
+    rated = search_rate(settings, create, Secrets(api_key, admin_key), command, quiet=output.quiet)
     return conclude_rate(rated, quiet=output.quiet, json=output.json)

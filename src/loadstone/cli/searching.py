@@ -12,7 +12,6 @@ import msgspec
 import uvloop
 from rich.console import Console
 
-from loadstone.cli.command import shown_command
 from loadstone.cli.progress import progress
 from loadstone.core.errors import EXIT_INTERRUPTED
 from loadstone.core.settings import ServerSettings
@@ -48,11 +47,15 @@ def search(
     settings: FindSettings,
     open_folder: Callable[[str], RunFolder],
     secrets: Secrets,
+    command: str,
     *,
     quiet: bool,
     earlier: Sequence[LevelData] = (),
 ) -> Searched:
-    """Run the search. Ctrl-C ends it with everything measured on disk; before that, it is a plain interrupt."""
+    """Run the search, ``command`` being what is kept as its command line.
+
+    Ctrl-C ends it with everything measured on disk; before that, it is a plain interrupt.
+    """
     folders: list[RunFolder] = []
 
     def remember(model: str) -> RunFolder:
@@ -60,7 +63,7 @@ def search(
         return folders[0]
 
     try:
-        verdict = uvloop.run(_find(settings, remember, secrets, quiet, earlier))
+        verdict = uvloop.run(_find(settings, remember, secrets, command, quiet, earlier))
     except KeyboardInterrupt:
         if not folders:
             raise
@@ -72,6 +75,7 @@ async def _find(
     settings: FindSettings,
     open_folder: Callable[[str], RunFolder],
     secrets: Secrets,
+    command: str,
     quiet: bool,
     earlier: Sequence[LevelData],
 ) -> RunVerdict:
@@ -82,7 +86,7 @@ async def _find(
                 settings,
                 open_folder,
                 watcher,
-                command=shown_command(sys.argv),
+                command=command,
                 admin=bool(secrets.admin_key),
                 earlier=earlier,
             )

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 
+from loadstone.cli.command import CommandLine
 from loadstone.cli.find import FLAT
 from loadstone.core.settings import LadderSettings, OutputSettings, RuleSettings
 

@@ -98,7 +98,7 @@ class OutputSettings:
     """Where the results go."""
 
     out: str = ""
-    """Folder of the run; runs/<time>-<model> where none is given. Must be empty or not exist."""
+    """Folder of the run; runs/TIME-MODEL where none is given. Must be empty or not exist."""
     json: bool = False
     """Print one machine-readable line last on standard output."""
     quiet: bool = False
