@@ -1,14 +1,17 @@
 """One level as ``vllm bench serve`` runs it: no warm-up hand-over, no window, every request counts."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from loadstone.core.api.endpoint import Endpoint
 from loadstone.core.api.reading import to_record
 from loadstone.core.clock import Clock
 from loadstone.core.records import RequestRecord
-from loadstone.core.target import Exchange, Target
+from loadstone.core.target import Exchange, Request, Target
 from loadstone.measure.arrivals import Arrivals, offsets_ns
 from loadstone.measure.generator import play
 from loadstone.measure.texts import WARM_UPS
@@ -16,6 +19,9 @@ from loadstone.measure.tokens import Tokenizer, fill_output_tokens
 from loadstone.measure.workload import Workload
 
 FEWEST_PROMPTS_PER_SLOT = 5
+_BUILT_BEFORE = 20_000
+"""Requests that are ready before the first is sent. Of a run longer than that the rest are built when they are due,
+some 20 µs each, as the bodies of all of them would take more memory than their replies."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,45 @@ async def run_bench(
     if plan.num_warmups:
         warm_ups = [workload.request(WARM_UPS, index) for index in range(plan.num_warmups)]
         await play(target, clock, warm_ups, [0] * plan.num_warmups, plan.max_concurrency)
-    requests = [workload.request(plan.level, index) for index in range(plan.num_prompts)]
+    requests = _Requests(workload, plan)
     offsets = offsets_ns(plan.arrivals, plan.num_prompts, plan.seed)
+
+    def done(exchange: Exchange) -> None:
+        # Nobody reads it again.
+        exchange.request = msgspec.structs.replace(exchange.request, body=b"")
+        if on_done is not None:
+            on_done(exchange)
+
     t0_ns = clock.now_ns()
-    exchanges = await play(target, clock, requests, offsets, plan.max_concurrency, on_done)
-    records = [to_record(exchange, endpoint, t0_ns, plan.keep_text) for exchange in exchanges]
+    exchanges = await play(target, clock, requests, offsets, plan.max_concurrency, done)
+    records = list(_records(exchanges, endpoint, t0_ns, plan.keep_text))
     filled, output_tokens_from = fill_output_tokens(records, tokenizer)
     return Played(filled, max(record.end_s for record in filled), output_tokens_from)
+
+
+class _Requests(Sequence[Request]):
+    """The requests of a plan, to be read one by one."""
+
+    def __init__(self, workload: Workload, plan: BenchPlan) -> None:
+        self._workload = workload
+        self._plan = plan
+        self._ready = [self._build(index) for index in range(min(plan.num_prompts, _BUILT_BEFORE))]
+
+    def __len__(self) -> int:
+        return self._plan.num_prompts
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._ready[index] if index < len(self._ready) else self._build(index)
+
+    def _build(self, index: int) -> Request:
+        return self._workload.request(self._plan.level, index)
+
+
+def _records(exchanges: list[Exchange], endpoint: Endpoint, t0_ns: int, keep_text: bool) -> Iterator[RequestRecord]:
+    """Empties ``exchanges``: both forms of every reply at once would take twice the memory."""
+    exchanges.reverse()
+    while exchanges:
+        yield to_record(exchanges.pop(), endpoint, t0_ns, keep_text)
 
 
 def plan_notes(plan: BenchPlan) -> list[str]:

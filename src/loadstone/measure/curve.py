@@ -61,6 +61,18 @@ class Curve:
         high = max(likely.high, steep.high) if steep.reached else math.inf
         return GainEstimate(likely.line, min(flat.low, likely.low), high, likely.line < self.ns[-1])
 
+    def likely_line(self, min_gain: float) -> float | None:
+        """Where the gain line will probably be once more levels are known: where to measure, never what to answer.
+
+        Between levels 1/X runs straight in 1/N, as it does for X = N/(a + bN); chords lie below such a curve and put
+        the line too high.
+        """
+        if min_gain <= 0 or len(self.ns) < 2:
+            return None
+        dense = self._filled()
+        estimate = dense._continued(_bent(dense._last_slope())).gain(min_gain)
+        return estimate.line if estimate is not None and estimate.reached else None
+
     def is_settled(self, estimate: GainEstimate, resolution: float) -> bool:
         """The interval is within the resolution, or throughput hardly varies across it."""
         if estimate.high <= estimate.low * (1 + resolution):
@@ -72,6 +84,18 @@ class Curve:
     def near(self, n: float, share: float) -> bool:
         """A level with usable throughput lies within ``share`` of ``n``."""
         return any(abs(known / n - 1) <= share for known in self.ns)
+
+    def _filled(self) -> "Curve":
+        ns: list[float] = []
+        xs: list[float] = []
+        for n, following, x, next_x in zip(self.ns, self.ns[1:], self.xs, self.xs[1:], strict=False):
+            steps = max(1, round(_STEPS_PER_DOUBLING * math.log2(following / n)))
+            for step in range(steps):
+                between = n * (following / n) ** (step / steps)
+                share = (1 / n - 1 / between) / (1 / n - 1 / following)
+                ns.append(between)
+                xs.append(1 / ((1 - share) / x + share / next_x))
+        return Curve((*ns, self.ns[-1]), (*xs, self.xs[-1]), tuple(0.0 for _ in (*ns, 0)))
 
     def _last_slope(self) -> float:
         """dlnX/dlnN of the last half octave, between 0 and 1."""

@@ -31,6 +31,8 @@ class Point:
     """Value ÷ limit by rule, where it can be said: what the secant runs through."""
     accepted: int | None = None
     """Requests the server was working on when a refusing level ended: where its own limit seems to lie."""
+    line_by_little: float | None = None
+    """Where the latency that failed would just meet its limit, if the server were saturated already."""
     refuted: bool = False
     """Failed when it was run to confirm the answer."""
     supported: int = 0
@@ -77,6 +79,7 @@ def point_of(levels: Sequence[LevelData], rules: Rules) -> Point:
         throughput=summary.throughput if usable else None,
         pressure=_pressure(summary, levels[-1], rules),
         accepted=_accepted(levels[-1]) if summary.failures.get(Outcome.REFUSED) else None,
+        line_by_little=_line_by_little(levels[-1], judgement.rule, rules),
         refuted=judgement.verdict is Verdict.FAIL and levels[-1].meta.kind == "confirm",
         supported=summary.concurrency if _keeps_up(summary, rules) else summary.supported_concurrency,
     )
@@ -107,6 +110,22 @@ def _pressure(summary: Summary, level: LevelData, rules: Rules) -> dict[str, flo
     if summary.server.kv_use:
         pressure["resource:kv"] = summary.server.kv_use / rules.max_kv_use
     return pressure
+
+
+def _line_by_little(level: LevelData, rule: str, rules: Rules) -> float | None:
+    """N = X·R (Little) with R at the limit: what a request takes besides its wait for the first token, and the limit.
+
+    A guess for the next level, not a judgement: it may rest on the first replies of a level that was stopped early.
+    """
+    limit_ms = next((limit for name, _, _, limit in rules.latency(level.meta.streams) if name == rule), None)
+    start_s, end_s = level.meta.window_start_s, level.meta.window_end_s
+    done = [r for r in level.records if r.ok and start_s <= r.end_s < end_s]
+    if limit_ms is None or len(done) < 2 or rule.removeprefix("slo:") not in ("ttft", "e2el"):
+        return None
+    served_s = 0.0
+    if rule.endswith("ttft"):
+        served_s = sum(r.e2el_s - (r.ttft_s or 0.0) for r in done) / len(done)
+    return len(done) / (end_s - start_s) * (served_s + limit_ms / 1e3)
 
 
 def _accepted(level: LevelData) -> int:

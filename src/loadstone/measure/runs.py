@@ -153,6 +153,10 @@ class RunFolder:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UsageError(f"{path} cannot be read: {error}") from None
 
+    def is_of_rate(self) -> bool:
+        """A run of ``rate``, whose levels are held to no rules. Raises UsageError as ``read_run`` does."""
+        return "rate" in self.read_run().get("settings", {})
+
     def levels(self) -> list[LevelData]:
         """The levels that stand, in running order. Raises UsageError naming a file that cannot be read."""
         standing = sorted((self.path / "levels").glob(f"*/{_RESULT}"))

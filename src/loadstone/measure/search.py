@@ -33,8 +33,6 @@ MAX_RUNS = 3
 MAX_BISECTIONS = 16
 MAX_GAIN_LEVELS = 6
 _CHEAP_RULES = ("success", "resource")
-_NEAR_ENOUGH = 0.08
-"""The recommended level (0.75 of the line) serves as the one half an octave below it (0.71)."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +264,7 @@ def _guess(low: Point, high: Point, points: Sequence[Point], resolution: float) 
         return Guess(bottom * (top / bottom) ** power, False)
     # Just below the crossing closes the bracket from one side; where that is known already, just above it.
     below, step = crossing.concurrency * (1 - resolution / 2), 1 + resolution / 2
-    if below > bottom * step:
+    if below > bottom * (1 + resolution) * step:
         return Guess(min(below, top / step), crossing.holds)
     return Guess(min(max(crossing.concurrency * step, bottom * step), bottom * (1 + resolution)), False)
 
@@ -277,14 +275,16 @@ def _crossing(low: Point, high: Point, points: Sequence[Point], resolution: floa
     A limit that the server itself told holds up to there, so half a resolution more is where it is crossed.
     """
     bottom, top = low.concurrency, high.concurrency
-    if high.accepted and high.rule == "success" and bottom <= high.accepted < top:
+    if high.accepted and high.rule == "success" and high.accepted < top:
         # The server itself says where its limit is: how much it was working on while it refused the rest.
-        return Guess(high.accepted * (1 + resolution / 2), True)
+        return Guess(max(bottom, high.accepted) * (1 + resolution / 2), True)
     kv_use = _pressure(low, "resource:kv")
     if high.rule in ("resource:kv", "resource:preemptions") and kv_use:
         # The cache fills in proportion to what runs.
         full = bottom / kv_use
         return Guess(full * (1 + resolution / 2), True) if bottom < full < top else None
+    if high.line_by_little is not None and bottom * (1 + resolution) < high.line_by_little < top:
+        return Guess(high.line_by_little, True)
     above = next((p for p in points if p.concurrency > top and p.verdict is Verdict.FAIL), None)
     return _secant(low, high, above)
 
@@ -355,12 +355,16 @@ def _refine_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | Non
         return None
     ceiling = bracket.high.concurrency if bracket.high is not None else settings.ladder[-1] + 1
     known = {point.concurrency for point in points}
-    line = candidate.gain.line
-    for target in (round(line * math.sqrt(2)), max(1, round(line / math.sqrt(2)))):
-        if target < ceiling and target not in known and not curve.near(target, _NEAR_ENOUGH):
-            why = f"half an octave beside the gain line near {round(line)}"
-            return Ask(LevelKind.BISECT, target, BRACKET_REQUESTS * target, Stance.EXPLORE, why=why)
-    return None
+    line = curve.likely_line(settings.rules.min_gain) or candidate.gain.line
+    target = round(line * math.sqrt(2))
+    if target < ceiling and target not in known and not curve.near(target, settings.rules.resolution):
+        why = f"half an octave above {round(line)}, beyond which a doubling seems to gain too little"
+        return Ask(LevelKind.BISECT, target, BRACKET_REQUESTS * target, Stance.EXPLORE, why=why)
+    # Half an octave below lies nearly the recommended level, which is run in any case.
+    below = recommend(max(1, round(line)), settings.headroom)
+    if curve.near(below, settings.rules.resolution):
+        return None
+    return _measuring(points, below, f"the level to recommend if the line is near {round(line)}")
 
 
 def _prove_high(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
