@@ -98,13 +98,14 @@ class Curve:
         return Curve((*ns, self.ns[-1]), (*xs, self.xs[-1]), tuple(0.0 for _ in (*ns, 0)))
 
     def _last_slope(self) -> float:
-        """dlnX/dlnN of the last half octave, between 0 and 1."""
-        end = self.ns[-1]
-        start = max(self.ns[0], end / math.sqrt(2))
-        before = log_log_interpolate(self.ns, self.xs, start)
-        if before is None or start >= end:
-            return 1.0
-        return min(1.0, max(0.0, math.log(self.xs[-1] / before) / math.log(end / start)))
+        """At most dlnX/dlnN at the end, between 0 and 1: where a curve bends downwards every chord to its end is
+        steeper than its end. The flattest is taken, its own error added: a short chord tells mostly noise."""
+        slopes = [1.0]
+        for n, x, se in zip(self.ns[:-1], self.xs, self.ses, strict=False):
+            span = math.log(self.ns[-1] / n)
+            error = math.hypot(se / x, self.ses[-1] / self.xs[-1]) / span
+            slopes.append(math.log(self.xs[-1] / x) / span + error)
+        return max(0.0, min(slopes))
 
     def _continued(self, slope: float) -> "Curve":
         """The curve with exact points beyond its end, so close that nothing is left to interpolation."""

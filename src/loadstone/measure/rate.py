@@ -162,7 +162,7 @@ def _climb(points: Sequence[Point], goal: Goal) -> Ask | None:
         return None
     top = points[-1].concurrency if points else 0
     following = next((level for level in goal.ladder if level > top), None)
-    return None if following is None else _level(LevelKind.LADDER, following, "the next level of the ladder")
+    return None if following is None else _level(LevelKind.LADDER, following, "")
 
 
 def _narrow(points: Sequence[Point], goal: Goal) -> Ask | None:

@@ -110,7 +110,8 @@ async def _climb(
     book: RateBook, runner: LevelRunner, folder: RunFolder, watcher: Watcher, settings: FindSettings
 ) -> None:
     while (wanted := book.ask()) is not None:
-        watcher.note(f"{wanted.concurrency}: {wanted.why}")
+        if wanted.why:
+            watcher.note(f"{wanted.concurrency}: {wanted.why}")
         result = await runner.run(level_plan(wanted, len(book.levels) + 1))
         folder.write_level(result.data, result.samples, level_json(result.data, settings))
         watcher.level_decided(book.add(result.data))
