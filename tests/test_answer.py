@@ -92,7 +92,6 @@ def test_a_ladder_that_never_failed_is_a_lower_bound() -> None:
     found = verdict(*TO_TWENTY, settings=settings)
     assert (found.measured_max_concurrency, found.binding, found.half_of_failing) == (20, "ladder", None)
     assert "no level of the ladder failed" in found.claim
-    assert any("lower bound" in note for note in found.notes)
 
 
 def late(n: int, share: float) -> LevelData:
@@ -107,7 +106,6 @@ def test_where_the_generator_gave_out_the_answer_is_a_lower_bound() -> None:
     found = verdict(*TO_TWENTY, late(21, 0.2), late(21, 0.2))
     assert (found.measured_max_concurrency, found.binding) == (20, "client")
     assert "21 could not be judged" in found.claim
-    assert any("the generator was the bottleneck" in note for note in found.notes)
     assert [row.verdict for row in found.levels[-2:]] == [Verdict.INVALID] * 2
     assert exit_status(found) == EXIT_OK
 
@@ -207,7 +205,6 @@ def test_where_gain_binds_nothing_breaks() -> None:
     assert found.gain_line is not None
     assert found.gain_line.low <= found.gain_line.concurrency <= found.gain_line.high
     assert "nothing breaks" in found.claim
-    assert any("nothing breaks" in note for note in found.notes)
 
 
 def test_the_knee_is_shown_even_where_the_rule_is_off() -> None:
@@ -228,7 +225,6 @@ def test_efficiency_and_peak() -> None:
 def test_the_throughput_at_the_recommended_level_is_its_own() -> None:
     found = verdict(*saturating(16, 1, 2, 5, 10, 15, 20), slow(21))
     assert found.recommended_throughput_rps == pytest.approx(15.0)
-    assert any("delivers 94 % of its throughput at 20" in note for note in found.notes)
 
 
 def test_void_levels_are_shown_but_add_nothing() -> None:

@@ -125,7 +125,7 @@ def verdict_of(
         levels=rows,
         sure=candidate is not None and following is None and _is_sure(candidate, bracket, points),
         recommended_throughput_rps=_throughput_at(recommended, points),
-        notes=_notes(measured, recommended, candidate, points, settings, following),
+        notes=_notes(measured, recommended, settings, following),
     )
 
 
@@ -255,35 +255,17 @@ def _unresolved(unresolved: Sequence[Point], candidate: Candidate) -> str:
     return f"unresolved between {candidate.concurrency} and {names}; about {more} more requests would settle it"
 
 
-def _notes(
-    measured: int | None,
-    recommended: int | None,
-    candidate: Candidate | None,
-    points: Sequence[Point],
-    settings: SearchSettings,
-    following: Ask | None,
-) -> list[str]:
+def _notes(measured: int | None, recommended: int | None, settings: SearchSettings, following: Ask | None) -> list[str]:
     notes: list[str] = []
     if following is not None:
-        notes.append(f"the search has not ended: {following.concurrency} would be run next ({following.why})")
-    if candidate is None or measured is None or recommended is None:
+        why = f" ({following.why})" if following.why else ""
+        notes.append(f"the search has not ended: {following.concurrency} would be run next{why}")
+    if measured is None or recommended is None:
         return notes
     low, high = settings.headroom - HEADROOM_BAND, min(settings.headroom + HEADROOM_BAND, 1.0)
     if not low * measured - 1e-9 <= recommended <= high * measured + 1e-9:
         between = f"{100 * low:.0f} % and {100 * high:.0f} %"
         notes.append(f"no whole number lies between {between} of {measured}: {recommended} is recommended")
-    at_line, at_recommended = _throughput_at(candidate.concurrency, points), _throughput_at(recommended, points)
-    if at_line and at_recommended:
-        share = at_recommended / at_line
-        notes.append(
-            f"at {recommended} the server delivers {100 * share:.0f} % of its throughput at {candidate.concurrency}"
-        )
-    if candidate.binding == "gain":
-        notes.append(f"the gain rule binds: nothing breaks at {measured}, more concurrency only buys little")
-    if candidate.binding == "client":
-        notes.append("the generator was the bottleneck above this: the answer is a lower bound")
-    if candidate.binding == "ladder" and following is None:
-        notes.append("no level of the ladder failed: the answer is a lower bound, --levels may reach higher")
     return notes
 
 
