@@ -164,7 +164,8 @@ def report(title: str, outcomes: Sequence[Outcome]) -> None:
     """One line for each profile, then the summary."""
     print(f"\n{title}")
     print(
-        f"{'profile':<14}{'truth':>7}{'binds':>22}{'within':>9}{'error, median':>15}{'worst':>8}{'cost, mean':>12}{'p95':>7}"
+        f"{'profile':<14}{'truth':>7}{'binds':>22}{'within':>9}{'error, median':>15}{'worst':>8}"
+        f"{'cost, mean':>12}{'p95':>7}"
     )
     for name in dict.fromkeys(o.profile for o in outcomes):
         same = [o for o in outcomes if o.profile == name]

@@ -9,6 +9,7 @@ from cyclopts import App
 from cyclopts.argument import Argument
 
 from loadstone.cli.main import build_app
+from loadstone.cli.presets import HELP as PRESET_HELP
 
 PAGE = Path(__file__).with_name("cli.md")
 
@@ -19,7 +20,9 @@ Written by `docs/generate_cli.py` from the command line itself; do not edit.
 
 Every flag is equally an environment variable, `LOADSTONE_<FLAG>` (`--base-url` is `LOADSTONE_BASE_URL`), and a key of
 `--config FILE` or of `loadstone.toml` in the current folder (`base-url = "http://127.0.0.1:8000"`). A flag beats the
-environment, which beats the file. `--api-key` is taken from `OPENAI_API_KEY` as well.
+environment, which beats the file, which beats a preset. Keys of the top level hold for every command that has such a
+flag; those of a table named like a command (`[find]`) for that command alone, and they beat the top level.
+`--api-key` is taken from `OPENAI_API_KEY` as well.
 
 Exit status: 0 found or passed · 1 the server failed the rules at the first level, the target was never reached, or the
 second run is worse · 2 usage or bad input · 3 the server could not be reached · 4 INVALID, the generator was the
@@ -29,9 +32,10 @@ bottleneck · 130 interrupted, with everything measured on disk.
 
 def generate() -> str:
     """The whole page."""
-    app = build_app(None)
+    app = build_app()
     verbs = [name for name in app if not name.startswith("-")]
-    return "\n".join([_INTRO, *(line for verb in verbs for line in _section(verb, app[verb]))])
+    sections = (line for verb in verbs for line in _section(verb, app[verb]))
+    return "\n".join([_INTRO, *sections, "## Presets\n", PRESET_HELP])
 
 
 def flags_of(command: App) -> list[Argument]:
@@ -51,8 +55,6 @@ def _section(verb: str, command: App) -> Iterator[str]:
         yield "| flag | default | |\n| --- | --- | --- |"
         yield from (_row(argument) for argument in arguments)
         yield ""
-    if command.help_epilogue:
-        yield f"{command.help_epilogue.strip()}\n"
 
 
 def _summary(command: App) -> str:

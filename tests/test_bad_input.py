@@ -79,6 +79,7 @@ FIND = [
     (["--ttft-stat", "p42"], "choose mean, p50, p95 or p99"),
     (["--nonsense"], "--nonsense"),
     (["--seed", "x"], "--seed"),
+    (["--config"], "--config needs a file"),
     (["--config", "none.toml"], "configuration file none.toml cannot be read: No such file"),
     (["--config", "bad.toml"], "configuration file bad.toml cannot be read: "),
     (["--resume", "nowhere"], "nowhere is not a run folder: it has no run.toml"),
@@ -126,6 +127,19 @@ def test_bench(server: BadServer, flags: list[str], says: str, capsys: pytest.Ca
     out, err = capsys.readouterr()
     assert says in err
     assert (out, err.count("\n"), len(server.asked) - before) == ("", 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--port", "9"], "check --host and --port, or --base-url"),
+        (["--port", "9", "--model", "m"], "(--host and --port, or --base-url)"),
+        (["--base-url", "http://127.0.0.1:9"], "check --base-url (host"),
+    ],
+)
+def test_a_server_that_is_not_there(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *flags]) == 3
+    assert says in capsys.readouterr().err
 
 
 def test_a_full_disk_costs_a_bench_only_its_file(server: BadServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from loadstone.cli.bench_files import prepare_folder, result_file
 from loadstone.cli.bench_settings import BenchSettings
 from loadstone.cli.bench_setup import setup_of
 from loadstone.core.errors import RefusedError, UnreachableError, UsageError
+from loadstone.measure import bench as level_of_bench
 
 NOW = datetime(2026, 11, 20, 10, 0, tzinfo=UTC)
 
@@ -127,6 +128,16 @@ def test_one_level(server: OpenAiServer, tmp_path: Path, capsys: pytest.CaptureF
     measured = server.bodies[-20:]
     assert all(body["stream"] and body["ignore_eos"] and body["model"] == "tiny" for body in measured)
     assert len({body["prompt"] for body in server.bodies}) == len(server.bodies)
+
+
+def test_requests_built_when_they_are_due_are_the_same(server: OpenAiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prompts() -> list[str]:
+        assert bench(settings(server, model="tiny", max_concurrency=1)) == 0
+        return [body["prompt"] for body in server.bodies[-20:]]
+
+    before = prompts()
+    monkeypatch.setattr(level_of_bench, "_BUILT_BEFORE", 5)
+    assert prompts() == before
 
 
 def test_failures_are_data_and_said(server: OpenAiServer, capsys: pytest.CaptureFixture[str]) -> None:

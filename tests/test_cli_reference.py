@@ -9,7 +9,7 @@ from loadstone.cli.main import build_app
 
 DOCS = Path(__file__).parent.parent / "docs"
 GENERATOR = runpy.run_path(str(DOCS / "generate_cli.py"))
-APP = build_app(None)
+APP = build_app()
 VERBS = [name for name in APP if not name.startswith("-")]
 
 

@@ -1,43 +1,9 @@
-"""Exact bounds by table and by force; the confidence sequence by simulation with a fixed seed."""
+"""The exact bound by example; the confidence sequence by simulation with a fixed seed."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from loadstone.core.early_stop import failures_certain, mean_certain, mean_exceeds, quantile_certain
-from loadstone.core.stats import quantile
-
-
-@pytest.mark.parametrize(
-    ("n_failed", "n_plan", "min_success", "certain"),
-    [
-        (5, 100, 0.95, False),
-        (6, 100, 0.95, True),
-        (1, 10, 0.9, False),
-        (2, 10, 0.9, True),
-        (0, 9, 1.0, False),
-        (1, 9, 1.0, True),
-    ],
-)
-def test_failures_certain(n_failed: int, n_plan: int, min_success: float, certain: bool) -> None:
-    assert failures_certain(n_failed, n_plan, min_success) is certain
-
-
-@pytest.mark.parametrize(("n_plan", "q", "least"), [(100, 0.99, 2), (1000, 0.99, 11), (100, 0.5, 51), (20, 0.95, 2)])
-def test_quantile_certain(n_plan: int, q: float, least: int) -> None:
-    assert not quantile_certain(least - 1, n_plan, q)
-    assert quantile_certain(least, n_plan, q)
-
-
-@given(st.integers(1, 300), st.data(), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
-def test_a_certain_quantile_is_exceeded_at_its_very_best(n_plan: int, data: st.DataObject, q: float) -> None:
-    n_exceeding = data.draw(st.integers(0, n_plan))
-    at_best = [0.0] * (n_plan - n_exceeding) + [1.0] * n_exceeding
-    if quantile_certain(n_exceeding, n_plan, q):
-        assert quantile(at_best, q) == 1.0
-    else:
-        assert quantile(at_best, q) < 1.0
+from loadstone.core.early_stop import mean_certain, mean_exceeds
 
 
 def test_mean_certain() -> None:

@@ -39,14 +39,14 @@ def searching(url: str) -> Iterator["subprocess.Popen[str]"]:
         process.communicate()
 
 
-def until_second_level(process: "subprocess.Popen[str]") -> list[str]:
-    """Read progress until the first level has been decided and the next has been announced."""
+def until_first_level(process: "subprocess.Popen[str]") -> None:
+    """Read progress until the first level has been decided."""
     assert process.stderr is not None
     lines: list[str] = []
     for line in process.stderr:
         lines.append(line)
-        if len(lines) > 1 and lines[-2].split(maxsplit=1)[0].isupper():
-            return lines
+        if line.split(maxsplit=1)[0].isupper():
+            return
     raise AssertionError(f"the search ended by itself: {''.join(lines)}")
 
 
@@ -70,7 +70,7 @@ def resumed() -> dict[str, bytes]:
 def test_ctrl_c_leaves_a_readable_run_that_resumes() -> None:
     with serving(token_s=0.005) as server:
         with searching(server.url) as process:
-            until_second_level(process)
+            until_first_level(process)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate()
         assert (process.returncode, out) == (130, "")
@@ -99,7 +99,7 @@ def test_ctrl_c_before_anything_is_measured() -> None:
 def test_a_killed_search_resumes_and_runs_a_torn_level_again() -> None:
     with serving(token_s=0.005) as server:
         with searching(server.url) as process:
-            until_second_level(process)
+            until_first_level(process)
             process.kill()
             process.communicate()
         assert process.returncode == -signal.SIGKILL

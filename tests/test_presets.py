@@ -109,6 +109,38 @@ def test_a_backend_of_the_users_own_keeps_its_endpoint() -> None:
     assert "--endpoint" not in flags
 
 
+def test_what_is_given_elsewhere_beats_a_preset() -> None:
+    asked: list[str] = []
+
+    def elsewhere(verb: str) -> dict[str, object]:
+        asked.append(verb)
+        return {"num-prompts": 7, "max-concurrency": "30", "request-rate": 2.5}
+
+    def tokens(line: str) -> str:
+        return shlex.join(expand(shlex.split(line), lambda folder: RUN, elsewhere).tokens)
+
+    lengths = "--endpoint chat --random-input-len 512 --random-output-len 128"
+    assert tokens("find --preset quick") == f"bench {lengths}"
+    assert tokens("find --preset realistic") == f"bench {lengths}"
+    assert tokens("bench --preset capacity") == f"bench {lengths} --max-concurrency 45"
+    assert tokens("bench --preset capacity --max-concurrency 10") == f"bench {lengths} --max-concurrency 15"
+    assert tokens("bench --preset limit --levels 1,2").startswith("find --endpoint chat --requests-per-slot 10")
+    assert asked == ["bench", "bench", "bench", "bench", "find"]
+
+
+def test_a_long_run_is_cut_to_what_fits_into_memory() -> None:
+    day = expand(shlex.split("bench --preset stability --run r --duration-s 86400"), lambda folder: RUN)
+    assert "--num-prompts 100000" in shlex.join(day.tokens)
+    assert day.notes == (
+        "--preset stability sends no more by itself: 100,000 requests last 10000 s of the 86400 s asked for; "
+        "--num-prompts 864000 sends all",
+    )
+    asked = expand(
+        shlex.split("bench --preset stability --run r --duration-s 86400 --num-prompts 864000"), lambda f: RUN
+    )
+    assert asked.notes == ()
+
+
 @pytest.mark.parametrize(
     ("line", "names"),
     [

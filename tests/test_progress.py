@@ -30,6 +30,7 @@ FAILED = row(
     100,
     Verdict.FAIL,
     None,
+    stopped_early=True,
     kind=LevelKind.BISECT,
     rule="ttft",
     reason="mean TTFT 1804 ± 40 ms is over the limit of 1000 ms",
@@ -67,6 +68,15 @@ def test_an_embedding_level_tells_its_latency() -> None:
     stream = io.StringIO()
     LineProgress(stream).level_decided(row(5, throughput_rps=1234.5, mean_e2el_ms=4.5, reason=""))
     assert stream.getvalue() == "PASS           5 at once    1,234 req/s  latency 4.50 ms\n"
+
+
+def test_only_a_level_that_was_stopped_is_called_so() -> None:
+    stream = io.StringIO()
+    LineProgress(stream).level_decided(row(5, throughput_rps=None, mean_ttft_ms=81.0, reason=""))
+    LineProgress(stream).level_decided(row(5, throughput_rps=None, stopped_early=True, reason=""))
+    first, second = stream.getvalue().splitlines()
+    assert first.split() == ["PASS", "5", "at", "once", "TTFT", "81.0", "ms"]
+    assert second.split() == ["PASS", "5", "at", "once", "stopped", "early"]
 
 
 def screen(width: int, told: list[LevelRow]) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from loadstone.cli.main import main
 from loadstone.cli.progress import Silent
-from loadstone.cli.rating import print_rate
+from loadstone.cli.rate_view import print_rate
 from loadstone.cli.virtual import virtual_server
 from loadstone.core.records import Outcome
 from loadstone.core.settings import DataSettings, LadderSettings, RuleSettings, ServerSettings
@@ -273,6 +273,22 @@ def test_the_run_folder_and_the_printed_answer(tmp_path: Path, capsys: pytest.Ca
     assert re.search(r"3\.8\d  in flight then: min\(max concurrency, rate × mean response time\)", shown)
 
 
+def test_the_other_verbs_know_a_run_of_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = rated(named("narrow"), 2.0, Path("run"))
+    assert main(["report", "run"]) == 0
+    assert "2 requests per second need a concurrency of 4." in capsys.readouterr().out
+    for command in (["judge", "run"], ["find", "--resume", "run"], ["compare", "run", "run"]):
+        assert main(command) == 2
+        assert "a run of rate" in capsys.readouterr().err
+    Path("run/rate.json").write_text("{}")
+    assert main(["report", "run"]) == 2
+    assert "run/rate.json is not an answer of this version" in capsys.readouterr().err
+    assert answer.concurrency == 4
+
+
 def test_a_rate_beyond_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = rated(named("narrow"), 9.0, tmp_path / "run")
     assert (answer.concurrency, answer.open_loop, exit_status(answer)) == (None, None, 1)
@@ -289,6 +305,8 @@ def test_failing_requests_are_no_throughput(tmp_path: Path) -> None:
 
 # -- from the shell
 
+VERDICTS = tuple(verdict.value for verdict in Verdict)
+"""A line of progress that begins so tells of a level that stands."""
 SMALL = ["--levels", "1,2", "--random-input-len", "8", "--random-output-len", "4", "--out", "run"]
 
 
@@ -296,13 +314,13 @@ def test_on_a_real_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.chdir(tmp_path)
     with serving(token_s=0.005) as server:
         status = main(
-            ["rate", "--base-url", server.url, "--target-qps", "5", "--num-prompts", "15", "--json", "--quiet", *SMALL]
+            ["rate", "--base-url", server.url, "--target-qps", "10", "--num-prompts", "10", "--json", "--quiet", *SMALL]
         )
     answer = json.loads(capsys.readouterr().out)
     # A machine that starves the generator makes levels INVALID (4), which is no failure here.
     assert status in (0, 4)
     assert answer["run"] == "run"
-    assert answer["target_qps"] == 5.0
+    assert answer["target_qps"] == 10.0
     assert json.loads(Path("run/rate.json").read_text())["levels"] == answer["levels"]
 
 
@@ -313,7 +331,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         process = subprocess.Popen([*argv, "--base-url", server.url], stderr=subprocess.PIPE, text=True)
         try:
             assert process.stderr is not None
-            while not process.stderr.readline().startswith("2: "):
+            while not process.stderr.readline().startswith(VERDICTS):
                 assert process.poll() is None, "the search ends by itself"
             process.send_signal(signal.SIGINT)
             _, err = process.communicate()

@@ -60,7 +60,7 @@ def test_every_command_is_understood(command: str) -> None:
         command = command.replace(placeholder, value)
     run = MeasuredRun(line=100, throughput_rps=10.0, workload={})
     tokens = expand(shlex.split(command)[1:], lambda folder: run).tokens
-    build_app(None).parse_args(tokens, exit_on_error=False, print_error=False)
+    build_app().parse_args(tokens, exit_on_error=False, print_error=False)
 
 
 @pytest.mark.parametrize("page", PAGES)

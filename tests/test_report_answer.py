@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 import report_runs as runs
-from loadstone.core.verdict import LevelKind, RunVerdict, Verdict
+from loadstone.core.verdict import NOT_ENDED, LevelKind, LevelRow, RunVerdict, Verdict
 from loadstone.report.answer import answer, judged, number, percent
 from loadstone.report.tables import print_answer
 
@@ -83,9 +83,40 @@ def test_no_level_passed() -> None:
     assert words.recommendation == words.certainty == words.why_half == ""
 
 
-def test_no_level_judged() -> None:
-    void = msgspec.structs.replace(runs.nothing_passed(), levels=[runs.level(0, 1, Verdict.INVALID)], binding="client")
-    assert answer(void).headline.startswith("No level could be judged")
+@pytest.mark.parametrize(
+    ("levels", "binding", "words"),
+    [
+        (
+            [runs.level(0, 1, Verdict.INVALID)],
+            "client",
+            "At the lowest level the load generator was the bottleneck, which says nothing about the server. "
+            "Run the generator on a faster or quieter machine to go on.",
+        ),
+        (
+            [runs.level(0, 1, Verdict.UNRESOLVED)],
+            "",
+            "Every level that was run stayed too close to a limit to tell; more --requests-per-slot may settle it.",
+        ),
+        ([], "", ""),
+    ],
+)
+def test_no_level_judged(levels: list[LevelRow], binding: str, words: str) -> None:
+    said = answer(msgspec.structs.replace(runs.nothing_passed(), levels=levels, binding=binding))
+    assert said.headline.startswith("No level could be judged")
+    assert said.binding == words
+
+
+def test_a_search_that_has_not_ended_is_not_sure_for_that_reason() -> None:
+    note = f"{NOT_ENDED}: 500 would be run next"
+    words = answer(msgspec.structs.replace(runs.single(), sure=False, notes=[note]))
+    assert words.certainty == "Not sure: the search has not ended."
+    assert words.binding == "No level that was run has failed: the line may be higher."
+
+
+def test_the_interval_of_a_gain_line_is_told_once() -> None:
+    assert any("Gain line: 240 (between 228 and 253)" in aside for aside in answer(runs.vllm_like()).asides)
+    binds = answer(msgspec.structs.replace(runs.vllm_like(), binding="gain"))
+    assert not any("Gain line" in aside for aside in binds.asides)
 
 
 def test_one_row_for_each_concurrency_the_fullest() -> None:

@@ -92,6 +92,16 @@ def test_a_run_that_judged_nothing_cannot_be_compared() -> None:
         hold(runs.single(), void)
 
 
+@pytest.mark.parametrize("binding", ["", "client"])
+def test_a_run_without_a_line_by_nobodys_fault_is_not_worse(binding: str) -> None:
+    levels = [runs.level(0, 1, Verdict.UNRESOLVED), runs.level(1, 2, Verdict.INVALID)]
+    unknown = msgspec.structs.replace(runs.nothing_passed(), levels=levels, binding=binding)
+    found = hold(runs.single(), unknown)
+    assert found.worse == []
+    assert found.caveats[-1] == "B's line is not known: no level could be judged."
+    print_comparison(found, Console(file=io.StringIO()))
+
+
 def test_unlike_conditions_and_lower_bounds_are_said() -> None:
     settings = {**runs.FACTS["settings"], "data": {**runs.FACTS["settings"]["data"], "random_input_len": 1024}}
     server = {**runs.FACTS["server"], "first_e2el_s": 9.9}
@@ -107,6 +117,7 @@ def test_the_table_shows_both_runs() -> None:
     out = io.StringIO()
     print_comparison(hold(runs.vllm_like(), slower(100, 0.9)), Console(file=out, width=80))
     text = out.getvalue()
+    assert text.startswith("A: a\nB: b\n")
     assert "measured line" in text
     assert "132 [129–135]" in text
     assert "Worse: at 100 throughput fell" in text

@@ -64,6 +64,12 @@ def test_it_loads_nothing_from_anywhere(name: str, tmp_path: Path) -> None:
     assert "@import" not in styles
 
 
+def test_what_is_not_known_of_the_generator_is_not_shown_as_zero(tmp_path: Path) -> None:
+    levels = [msgspec.structs.replace(row, client=None) for row in runs.vllm_like().levels]
+    text = page(tmp_path, msgspec.structs.replace(runs.vllm_like(), levels=levels)).text
+    assert text.count("nothing is known") == len(levels)
+
+
 def test_it_holds_the_answer_and_the_figures(tmp_path: Path) -> None:
     text = page(tmp_path, runs.vllm_like()).text
     for words in (

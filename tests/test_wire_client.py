@@ -203,6 +203,22 @@ def test_a_pooled_connection_that_died_is_no_failure_of_the_server() -> None:
     assert second.sent_ns > first.end_ns
 
 
+def test_a_reused_connection_that_is_dropped_late_is_a_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_KEEP_ALIVE_RACE_NS", 0)
+    served = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal served
+        served += 1
+        await read_request(reader)
+        writer.write(OK)
+        await read_request(reader)
+
+    first, second = exchange_with(script, requests=2)
+    assert (first.status, second.broken, served) == (200, Break.DISCONNECT, 1)
+    assert second.error == "the server closed the connection before it answered"
+
+
 def test_a_server_that_closes_twice_without_a_byte_is_a_disconnect() -> None:
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         line, _, _ = await read_request(reader)

@@ -32,7 +32,7 @@ def bench(settings: BenchSettings = _DEFAULTS, *, command: CommandLine = "") -> 
 
     from loadstone.cli.bench_files import prepare_folder, result_file, save, write_run
     from loadstone.cli.bench_setup import setup_of
-    from loadstone.core.errors import EXIT_FAILED, EXIT_OK
+    from loadstone.core.errors import EXIT_FAILED, EXIT_OK, UnreachableError
     from loadstone.measure.bench import failure_lines
     from loadstone.measure.bench_view import bench_level, bench_view
     from loadstone.measure.runs import check_out
@@ -44,7 +44,12 @@ def bench(settings: BenchSettings = _DEFAULTS, *, command: CommandLine = "") -> 
         check_out(settings.out)
     if (file := result_file(settings, setup.result)) is not None:
         prepare_folder(file)
-    setup, played, notes = uvloop.run(_measure(settings, setup))
+    try:
+        setup, played, notes = uvloop.run(_measure(settings, setup))
+    except UnreachableError as error:
+        if settings.base_url:
+            raise
+        raise UnreachableError(str(error).replace("--base-url", "--host and --port, or --base-url")) from None
     level = bench_level(played, setup.plan, setup.endpoint)
     view = bench_view(level, open_loop=math.isfinite(settings.request_rate))
     own = {"output_tokens_from": played.output_tokens_from, "notes": notes, "steady": view}

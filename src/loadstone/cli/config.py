@@ -15,6 +15,8 @@ from loadstone.core.errors import UsageError
 
 CONFIG_FILE = "loadstone.toml"
 ENV_PREFIX = "LOADSTONE_"
+_NEAR = 0.75
+"""From this likeness on a key is taken for a misspelt one."""
 
 Flags = Mapping[str, bool]
 """A verb's flags without their dashes, and whether they take several values."""
@@ -32,23 +34,24 @@ class Config:
         every = {name for flags in known.values() for name in flags}
         tables = {key: value for key, value in self.document.items() if isinstance(value, Mapping)}
         common = {key: value for key, value in self.document.items() if key not in tables}
-        self._check(common, every, "no command")
+        self._check(common, every, "no command knows")
         for name, table in tables.items():
             if name not in known:
                 raise UsageError(f"{self.path}: no command is called [{name}]; there are {', '.join(known)}")
-            self._check(table, known[name], f"not loadstone {name}")
+            self._check(table, known[name], f"loadstone {name} does not know")
         found = {_name(key): value for settings in (common, tables.get(verb, {})) for key, value in settings.items()}
         flags = known[verb]
         return {name: _value(value, several=flags[name]) for name, value in found.items() if name in flags}
 
-    def _check(self, settings: Mapping[str, Any], known: Collection[str], who: str) -> None:
-        for key in settings:
-            if _name(key) not in known:
+    def _check(self, settings: Mapping[str, Any], known: Collection[str], complaint: str) -> None:
+        for key, value in settings.items():
+            if _name(key) not in known or isinstance(value, Mapping):
                 # Imported where it is needed, so that --help stays quick.
                 from difflib import get_close_matches
 
-                meant = [f"; did you mean {name}?" for name in get_close_matches(_name(key), known, 1)]
-                raise UsageError(f"{self.path}: {who} knows the key {key}{''.join(meant)}")
+                near = get_close_matches(_name(key), known, 1, _NEAR)
+                meant = "".join(f"; did you mean {name}?" for name in near)
+                raise UsageError(f"{self.path}: {complaint} the key {key}{meant}")
 
 
 def _name(key: str) -> str:
@@ -72,10 +75,12 @@ def take_config(tokens: list[str]) -> Config:
     Raises UsageError where it cannot be read.
     """
     for position, token in enumerate(tokens):
-        if token == "--config" and position + 1 < len(tokens):
-            path = tokens[position + 1]
+        if token == "--config":
+            _, *rest = tokens[position : position + 2]
+            if not rest:
+                raise UsageError("--config needs a file")
             del tokens[position : position + 2]
-            return _read(Path(path))
+            return _read(Path(rest[0]))
         if token.startswith("--config="):
             del tokens[position]
             return _read(Path(token.removeprefix("--config=")))

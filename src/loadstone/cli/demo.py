@@ -20,16 +20,15 @@ MAX_TTFT_MS = 150.0
 LEVELS = "1,2,4,8,16,32,64,128"
 MAX_LEVEL_SECONDS = 8.0
 
-_INTRO = """\
-A real engine (llama.cpp) starts on {engine_cores} of {cores} cores with a tiny random model: {parameters:.1f} million
-weights in Qwen3's shape. Random weights don't talk, the replies are noise; they compute like any others, and that
-is what is measured.
-
-It decodes {parallel} requests together; what comes beyond them waits inside the engine. So the line to be found is
-where the wait begins to show: mean time to first token above {max_ttft_ms:.0f} ms, or fewer than 95 % successes.
-Requests are {input_tokens} tokens in, {output_tokens} out. The rule on throughput gain is off: on one core a tiny
-model gains little from batching. Its knee is shown beside the line.
-"""
+_INTRO = (
+    "A real engine (llama.cpp) starts on {engine_cores} of {cores} cores with a tiny random model: {parameters:.1f} "
+    "million weights in Qwen3's shape. Random weights don't talk, the replies are noise; they compute like any others, "
+    "and that is what is measured.",
+    "It decodes {parallel} requests together; what comes beyond them waits inside the engine. So the line to be found "
+    "is where the wait begins to show: mean time to first token above {max_ttft_ms:.0f} ms, or fewer than 95 % "
+    "successes. Requests are {input_tokens} tokens in, {output_tokens} out. The rule on throughput gain is off: on one "
+    "core a tiny model gains little from batching. Its knee is shown beside the line.",
+)
 
 _NEXT = """
 Now your own server:
@@ -58,17 +57,14 @@ def demo(*, out: Path | None = None, command: CommandLine = "") -> int:
     shape = demo_shape()
     cores = available_cores()
     generator_cores, engine_cores = split_cores(cores)
-    print(
-        _INTRO.format(
-            cores=len(cores),
-            engine_cores=len(engine_cores),
-            parameters=shape.parameters() / 1e6,
-            parallel=PARALLEL,
-            max_ttft_ms=MAX_TTFT_MS,
-            input_tokens=INPUT_TOKENS,
-            output_tokens=OUTPUT_TOKENS,
-        ),
-        file=sys.stderr,
+    _introduce(
+        cores=len(cores),
+        engine_cores=len(engine_cores),
+        parameters=shape.parameters() / 1e6,
+        parallel=PARALLEL,
+        max_ttft_ms=MAX_TTFT_MS,
+        input_tokens=INPUT_TOKENS,
+        output_tokens=OUTPUT_TOKENS,
     )
     model_path = cached_model(shape)
     check_out("" if out is None else str(out))
@@ -92,6 +88,15 @@ def demo(*, out: Path | None = None, command: CommandLine = "") -> int:
     status = conclude(searched, quiet=False, json=False)
     print(_NEXT.format(run=shlex.quote(str(folder.path))))
     return status
+
+
+def _introduce(**figures: float) -> None:
+    """Wrapped to the terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    for paragraph in _INTRO:
+        console.print(f"{paragraph.format(**figures)}\n", soft_wrap=not console.is_terminal)
 
 
 def demo_shape() -> "TinyShape":

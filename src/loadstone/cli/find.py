@@ -34,10 +34,13 @@ def find(
     Climbs a ladder of concurrencies until a rule fails, closes in on the line, confirms it, and writes a run folder
     with a report and a limits.toml.
 
+    Exit status: 0 a line was found; 1 the server failed the rules at the first level, or refused the first request; 2
+    usage; 3 the server cannot be reached; 4 no level could be judged; 130 interrupted, go on with --resume.
+
     Parameters
     ----------
     api_key
-        Sent as a bearer token; OPENAI_API_KEY works too. Never written to disk.
+        Sent as a bearer token. Never written to disk.
     admin_key
         Of a Loadstone gate in front of the server: lifts its limits for these requests. Never written to disk.
     resume
@@ -47,6 +50,7 @@ def find(
     from datetime import datetime
 
     from loadstone.cli.searching import Secrets, conclude, search
+    from loadstone.core.errors import UsageError
     from loadstone.measure.find import FindSettings, settings_of
     from loadstone.measure.runs import RunFolder, check_out, create_run, open_run
 
@@ -56,6 +60,8 @@ def find(
     secrets = Secrets(api_key, admin_key)
     if resume:
         folder = open_run(resume)
+        if folder.is_of_rate():
+            raise UsageError(f"--resume {resume}: this is a run of rate, which starts anew: loadstone rate")
         settings = settings_of(folder.read_run(), resume)
         settings = replace(settings, server=replace(settings.server, header=server.header))
         searched = search(settings, lambda model: folder, secrets, command, quiet=output.quiet, earlier=folder.levels())

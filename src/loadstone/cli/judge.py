@@ -4,7 +4,7 @@ from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from loadstone.cli.find import FLAT
 from loadstone.core.settings import RuleSettings
@@ -23,13 +23,14 @@ else:
 
 _AS_RECORDED = RuleFlags()
 _SWITCH = Parameter(negative=())
+_RULES = Parameter(group=Group("Rules, each as the run was measured unless given"))
 
 
 def judge(
     run_dir: Path,
     /,
     *,
-    rules: Annotated[RuleFlags, FLAT] = _AS_RECORDED,
+    rules: Annotated[RuleFlags, FLAT, _RULES] = _AS_RECORDED,
     write: Annotated[bool, _SWITCH] = False,
     json: Annotated[bool, _SWITCH] = False,
     quiet: Annotated[bool, _SWITCH] = False,

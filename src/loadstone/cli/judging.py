@@ -21,7 +21,11 @@ def judge_folder(path: Path, overrides: Mapping[str, Any]) -> Judged:
     if not path.is_dir():
         raise UsageError(f"{path} is not a folder; give a run folder, or one with results of vllm bench serve")
     folder = RunFolder(path)
-    return judge_run(folder, overrides) if (path / "levels").is_dir() else judge_benchmarks(folder, overrides)
+    if not (path / "levels").is_dir():
+        return judge_benchmarks(folder, overrides)
+    if folder.is_of_rate():
+        raise UsageError(f"{path} is a run of rate, which no rules are held to; its answer: loadstone report {path}")
+    return judge_run(folder, overrides)
 
 
 def conclude(judged: Judged, *, write: bool, json: bool, quiet: bool) -> int:

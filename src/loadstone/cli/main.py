@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict, Env
 
 from loadstone import __version__
 from loadstone.cli.command import shown_command
-from loadstone.cli.config import CONFIG_FILE, ENV_PREFIX, Config, Flags, from_environment, take_config
+from loadstone.cli.config import CONFIG_FILE, ENV_PREFIX, Flags, from_environment, take_config
 from loadstone.cli.presets import HELP as PRESET_HELP
 from loadstone.cli.presets import MeasuredRun, expand
 from loadstone.core.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, LoadstoneError
@@ -81,6 +81,7 @@ def build_app(called: str = "", settings: Mapping[str, Any] | None = None, sourc
         help=_HELP,
         version=__version__,
         config=(Env(ENV_PREFIX, command=False, show=False), given),
+        default_parameter=Parameter(show_default=_shown),
         suppress_keyboard_interrupt=False,
     )
     for verb, summary in _VERBS.items():
@@ -92,6 +93,13 @@ def build_app(called: str = "", settings: Mapping[str, Any] | None = None, sourc
             help_epilogue=epilogue,
         )
     return app
+
+
+def _shown(default: object) -> str | None:
+    """A default as --help shows it: what stands for "nothing" is not worth a word."""
+    if default is None or default is False or default in ("", ()):
+        return None
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def known_flags() -> dict[str, Flags]:

@@ -167,7 +167,9 @@ _TITLES = {LevelKind.LADDER: "climbing:", LevelKind.BISECT: "narrowing:", LevelK
 
 
 def _figures(row: LevelRow) -> str:
-    throughput = "stopped early" if row.throughput_rps is None else f"{_number(row.throughput_rps)} req/s"
+    throughput = "" if row.throughput_rps is None else f"{_number(row.throughput_rps)} req/s"
+    if row.stopped_early:
+        throughput = "stopped early"
     latency = ""
     if row.mean_ttft_ms is not None:
         latency = f"TTFT {_number(row.mean_ttft_ms)} ms"

@@ -28,8 +28,10 @@ def rate(
     """Find the smallest concurrency that sustains a request rate.
 
     Climbs a ladder of concurrencies, each slot always busy, to the first that delivers at least 95 % of the target;
-    closes in on the smallest that does; then sends the target itself at it, arriving at random. Exit status 1 where
-    the target is never reached.
+    closes in on the smallest that does; then sends the target itself at it, arriving at random.
+
+    Exit status: 0 a concurrency was found; 1 the target is never reached, or the server refused the first request; 2
+    usage; 3 the server cannot be reached; 4 no level could be judged; 130 interrupted.
 
     Parameters
     ----------
@@ -44,7 +46,7 @@ def rate(
     min_success
         Least share of requests that must succeed.
     api_key
-        Sent as a bearer token; OPENAI_API_KEY works too. Never written to disk.
+        Sent as a bearer token. Never written to disk.
     admin_key
         Of a Loadstone gate in front of the server: lifts its limits for these requests. Never written to disk.
     """

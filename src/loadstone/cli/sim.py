@@ -28,9 +28,16 @@ def sim(
     num_kv_blocks: Annotated[int | None, cyclopts.Parameter(help="KV cache, in blocks of 16 tokens.")] = None,
     seed: Annotated[int, cyclopts.Parameter(help="Of the profile's noise.")] = 0,
     virtual: Annotated[bool, cyclopts.Parameter(help="No port: a whole search in virtual time.", negative=())] = False,
+    random_input_len: Annotated[
+        int, cyclopts.Parameter(help="With --virtual: prompt tokens; 0 = 512, which a profile's line is quoted for.")
+    ] = 0,
+    random_output_len: Annotated[
+        int, cyclopts.Parameter(help="With --virtual: tokens to generate; 0 = the profile's own.")
+    ] = 0,
     rules: Annotated[RuleSettings, FLAT] = _RULES,
     ladder: Annotated[LadderSettings, FLAT] = _LADDER,
     output: Annotated[OutputSettings, FLAT] = _OUTPUT,
+    command: CommandLine = "",
 ) -> int:
     """Run a simulated continuous-batching engine behind an OpenAI-compatible HTTP port until interrupted.
 
@@ -40,6 +47,7 @@ def sim(
     import uvloop
 
     from loadstone.core.errors import EXIT_OK
+    from loadstone.core.settings import DataSettings
     from loadstone.sim.profiles import named
 
     chosen = named(profile).with_overrides(
@@ -48,7 +56,12 @@ def sim(
     if virtual:
         from loadstone.cli.virtual_search import search_in_virtual_time
 
-        return search_in_virtual_time(chosen, seed, rules, ladder, output)
+        data = DataSettings(
+            random_input_len=random_input_len or DataSettings.random_input_len,
+            random_output_len=random_output_len or chosen.default_output_tokens,
+            seed=seed,
+        )
+        return search_in_virtual_time(chosen, data, rules, ladder, output, command)
     uvloop.run(_serve(chosen, host, port, seed))
     return EXIT_OK
 

@@ -1,9 +1,7 @@
 """``loadstone sim --virtual``: a search against the simulator in virtual time, with the truth beside its answer."""
 
-import sys
 from datetime import datetime
 
-from loadstone.cli.command import shown_command
 from loadstone.cli.progress import progress
 from loadstone.cli.searching import Searched, conclude
 from loadstone.cli.virtual import BASE_URL, virtual_server
@@ -17,12 +15,20 @@ from loadstone.sim.truth import true_line
 
 
 def search_in_virtual_time(
-    profile: Profile, seed: int, rules: RuleSettings, ladder: LadderSettings, output: OutputSettings
+    profile: Profile,
+    data: DataSettings,
+    rules: RuleSettings,
+    ladder: LadderSettings,
+    output: OutputSettings,
+    command: str,
 ) -> int:
-    """Search ``profile`` as ``find`` would and print the true line; returns ``find``'s exit status."""
+    """Search ``profile`` as ``find`` would and print the true line; returns ``find``'s exit status.
+
+    The seed of ``data`` is the profile's as well.
+    """
     settings = FindSettings(
         server=ServerSettings(base_url=BASE_URL),
-        data=DataSettings(random_output_len=profile.default_output_tokens, seed=seed),
+        data=data,
         rules=rules,
         ladder=ladder,
     )
@@ -32,9 +38,9 @@ def search_in_virtual_time(
 
     async def main(clock: VirtualClock) -> RunVerdict:
         nonlocal took_s
-        server = virtual_server(profile, clock, seed, settings.server.request_timeout_s)
+        server = virtual_server(profile, clock, data.seed, settings.server.request_timeout_s)
         with progress(output.quiet) as watcher:
-            verdict = await find(server, settings, lambda model: folder, watcher, command=shown_command(sys.argv))
+            verdict = await find(server, settings, lambda model: folder, watcher, command=command)
         took_s = clock.now_ns() / 1e9
         return verdict
 

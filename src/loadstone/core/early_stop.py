@@ -1,7 +1,7 @@
 """When is a level's failure certain before its plan is done? Sooner is cheaper, but looking often must not deceive.
 
-The three ``…_certain`` bounds are exact: whatever the remaining requests do, the level fails. ``mean_exceeds`` is
-statistical, and may be asked after every batch.
+``mean_certain`` is exact: whatever the remaining requests do, the level fails. ``mean_exceeds`` is statistical, and may
+be asked after every batch.
 """
 
 import math
@@ -16,19 +16,6 @@ _LEAST_BATCHES = 3
 _LEAST_BATCH = 20
 _BEST_AT_BATCHES = 5
 _RHO_SQUARED = (-2 * math.log(_ALPHA) + math.log(1 - 2 * math.log(_ALPHA))) / _BEST_AT_BATCHES
-
-
-def failures_certain(n_failed: int, n_plan: int, min_success: float) -> bool:
-    """More failures than a plan of ``n_plan`` requests allows: ⌊(1 − min_success)·n_plan⌋."""
-    return n_failed > _whole((1 - min_success) * n_plan)
-
-
-def quantile_certain(n_exceeding: int, n_plan: int, q: float) -> bool:
-    """So many values above the limit that the (interpolated) ``q`` quantile of all ``n_plan`` must lie above it.
-
-    More than ⌊(1 − q)·n_plan⌋ where that is whole, one more at most elsewhere. Failures exceed any limit.
-    """
-    return n_plan - n_exceeding <= _whole((n_plan - 1) * q)
 
 
 def mean_certain(sum_done: float, sum_age_pending: float, limit: float, n_plan: int) -> bool:
@@ -60,8 +47,3 @@ def _radius(means: npt.NDArray[np.float64]) -> float:
     boundary = math.sqrt(2 * mixed / (k * k * _RHO_SQUARED) * math.log(math.sqrt(mixed) / _ALPHA))
     rho = max(0.0, lag_one(means))
     return float(means.std(ddof=1)) * boundary * student_95(k - 1) / Z_95 * math.sqrt((1 + rho) / (1 - rho))
-
-
-def _whole(x: float) -> int:
-    """⌊x⌋, forgiving what binary fractions take from a whole number: (1 − 0.9)·10 is 1."""
-    return math.floor(x + 1e-9)

@@ -85,7 +85,8 @@ class ChunkLog:
         pieces = self._recent[1::2]
         self._stamps_ns.extend(self._recent[0::2])
         self._lengths.extend(map(len, pieces))
-        self._blocks.append(_COMPRESS.compress(b"".join(pieces)))
+        # A copy: what compress returns keeps the memory of an incompressible block.
+        self._blocks.append(memoryview(_COMPRESS.compress(b"".join(pieces))).tobytes())
         self._recent = []
         self._recent_bytes = 0
 

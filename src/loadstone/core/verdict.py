@@ -14,6 +14,10 @@ class Verdict(enum.StrEnum):
     """The generator's own error could flip the verdict: never read as "the server is full"."""
 
 
+NOT_ENDED = "the search has not ended"
+"""So begins the note of a run that was judged before its search had found the answer."""
+
+
 class LevelKind(enum.StrEnum):
     LADDER = "ladder"
     BISECT = "bisect"
@@ -92,7 +96,8 @@ class LevelRow(msgspec.Struct, frozen=True):
     """Length of the judged window."""
     server: dict[str, float] = {}
     """Medians in the window of what the server's /metrics said: kv_use, running, waiting, preemptions …"""
-    client: ClientFigures = ClientFigures()
+    client: ClientFigures | None = None
+    """Null where nothing is known of the generator."""
     findings: list[Finding] = []
 
 
@@ -120,7 +125,7 @@ class RunVerdict(msgspec.Struct, frozen=True):
     half_of_failing: int | None
     """What the document's script advises: half of the first failing level."""
     binding: str
-    """success | ttft | e2el | gain | resource:<name> | slo:<metric> | ladder | client"""
+    """success | ttft | e2el | gain | resource:<name> | slo:<metric> | ladder | client; empty: nothing was judged"""
     claim: str
     best_efficiency: BestEfficiency | None
     gain_line: GainLine | None

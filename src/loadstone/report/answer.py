@@ -2,7 +2,7 @@
 
 import msgspec
 
-from loadstone.core.verdict import LevelRow, RunVerdict, Verdict
+from loadstone.core.verdict import NOT_ENDED, LevelRow, RunVerdict, Verdict
 
 _COARSE_LADDER = (
     "Half of the first failing level is what the concurrency-testing guide's script advises: on a coarse ladder one "
@@ -22,10 +22,16 @@ _BREAKS = {
     "gain": "nothing breaks, but more concurrency hardly adds throughput",
 }
 
+_QUIETER = "Run the generator on a faster or quieter machine to go on."
 _LOWER_BOUND = {
     "ladder": "No level failed: the line may be higher. Add higher --levels to find it.",
     "client": "The next level was INVALID, because the load generator was the bottleneck: the line may be higher. "
-    "Run the generator on a faster or quieter machine to go on.",
+    + _QUIETER,
+}
+_NOTHING_KNOWN = {
+    "client": "At the lowest level the load generator was the bottleneck, which says nothing about the server. "
+    + _QUIETER,
+    "": "Every level that was run stayed too close to a limit to tell; more --requests-per-slot may settle it.",
 }
 
 
@@ -89,7 +95,7 @@ def _headline(verdict: RunVerdict) -> str:
     if line is not None:
         at_least = "at least " if verdict.binding in _LOWER_BOUND else ""
         return f"This server takes {at_least}{line:,} concurrent request{'s' if line != 1 else ''}."
-    if any(row.verdict is Verdict.FAIL for row in verdict.levels):
+    if server_failed(verdict):
         return "No level passed: the server failed the rules at the lowest concurrency tried."
     return "No level could be judged, so there is no answer yet."
 
@@ -108,7 +114,16 @@ def _recommendation(verdict: RunVerdict) -> str:
     )
 
 
+def server_failed(verdict: RunVerdict) -> bool:
+    """Some level failed by the server's doing; else no level passed because none could be judged."""
+    return any(row.verdict is Verdict.FAIL for row in verdict.levels)
+
+
 def _binding(verdict: RunVerdict) -> str:
+    if verdict.measured_max_concurrency is None and verdict.binding in _NOTHING_KNOWN:
+        return _NOTHING_KNOWN[verdict.binding] if verdict.levels else ""
+    if verdict.binding == "ladder" and _not_ended(verdict):
+        return "No level that was run has failed: the line may be higher."
     if verdict.binding in _LOWER_BOUND:
         return _LOWER_BOUND[verdict.binding]
     kind, _, name = verdict.binding.partition(":")
@@ -134,7 +149,13 @@ def _certainty(verdict: RunVerdict) -> str:
         return "Not monotone: a level failed, again when repeated, below one that passed; the answer lies below it."
     if verdict.sure:
         return "Sure: the deciding levels are further from their limit than their 95 % intervals are wide."
+    if _not_ended(verdict):
+        return f"Not sure: {NOT_ENDED}."
     return "Not sure: a deciding level has no 95 % interval that clears its limit; more requests would settle it."
+
+
+def _not_ended(verdict: RunVerdict) -> bool:
+    return any(note.startswith(NOT_ENDED) for note in verdict.notes)
 
 
 def _half(verdict: RunVerdict) -> str:
@@ -161,7 +182,8 @@ def _asides(verdict: RunVerdict) -> list[str]:
         texts.append(
             f"Best efficiency: {number(best.rps_per_slot)} req/s per slot at concurrency {best.concurrency:,}."
         )
-    if (gain := verdict.gain_line) is not None:
+    # Where it binds it is the line itself, and the claim tells its interval.
+    if (gain := verdict.gain_line) is not None and verdict.binding != "gain":
         interval = "" if gain.low == gain.high else f" (between {gain.low:,} and {gain.high:,})"
         texts.append(f"Gain line: {gain.concurrency:,}{interval}; beyond it more concurrency hardly adds throughput.")
     return texts

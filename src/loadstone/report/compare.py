@@ -8,7 +8,7 @@ from rich.text import Text
 
 from loadstone.core.errors import InvalidLevelError
 from loadstone.core.verdict import LevelRow, RunVerdict, Verdict
-from loadstone.report.answer import judged, number, percent
+from loadstone.report.answer import judged, number, percent, server_failed
 from loadstone.report.folder import Run, flat
 
 _CONDITIONS = (
@@ -43,8 +43,8 @@ class LevelPair(msgspec.Struct, frozen=True):
 class Comparison(msgspec.Struct, frozen=True):
     """What a reader and an exit status need."""
 
-    a: RunVerdict
-    b: RunVerdict
+    a: Run
+    b: Run
     pairs: list[LevelPair]
     worse: list[str]
     """One sentence for each way in which B is worse; empty where it is not."""
@@ -63,12 +63,14 @@ def compare(a: Run, b: Run, *, tolerance: float) -> Comparison:
     rows_a, rows_b = _measured(a.verdict), _measured(b.verdict)
     pairs = [LevelPair(n, rows_a[n], rows_b[n]) for n in sorted(rows_a.keys() & rows_b.keys())]
     worse = [*_line_worse(a.verdict, b.verdict, tolerance), *_throughput_worse(pairs, tolerance)]
-    return Comparison(a.verdict, b.verdict, pairs, worse, _caveats(a, b))
+    return Comparison(a, b, pairs, worse, _caveats(a, b))
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print both answers, the levels in common, and whether B is worse and why."""
     plain = not console.is_terminal
+    for name, run in (("A", comparison.a), ("B", comparison.b)):
+        console.print(Text(f"{name}: {run.path}"), soft_wrap=plain, highlight=False)
     for table in (_answers(comparison, plain=plain), _levels(comparison, plain=plain)):
         console.print(table)
     for caveat in comparison.caveats:
@@ -88,7 +90,7 @@ def _line_worse(a: RunVerdict, b: RunVerdict, tolerance: float) -> list[str]:
     if line_a is None or (line_b is not None and b.binding in _LOWER_BOUND):
         return []
     if line_b is None:
-        return [f"A's line is {line_a:,}; in B no level passed."]
+        return [f"A's line is {line_a:,}; in B no level passed."] if server_failed(b) else []
     if line_b < line_a * (1 - tolerance):
         return [f"the line fell from {line_a:,} to {line_b:,} ({percent(line_b / line_a - 1)})."]
     return []
@@ -109,6 +111,11 @@ def _caveats(a: Run, b: Run) -> list[str]:
         for name, run in (("A", a), ("B", b))
         if run.verdict.measured_max_concurrency is not None and run.verdict.binding in _LOWER_BOUND
     ]
+    texts += [
+        f"{name}'s line is not known: no level could be judged."
+        for name, run in (("A", a), ("B", b))
+        if run.verdict.measured_max_concurrency is None and not server_failed(run.verdict)
+    ]
     values_a, values_b = flat(a.facts), flat(b.facts)
     keys = [key for key in {**values_a, **values_b} if key.startswith(_CONDITIONS)]
     differing = [key for key in keys if values_a.get(key) != values_b.get(key)]
@@ -119,14 +126,14 @@ def _caveats(a: Run, b: Run) -> list[str]:
 
 def _answers(comparison: Comparison, *, plain: bool) -> Table:
     table = _table("", "A", "B", "B ÷ A", plain=plain)
-    a, b = comparison.a, comparison.b
+    a, b = comparison.a.verdict, comparison.b.verdict
     for heading, x, y in (
         ("measured line", a.measured_max_concurrency, b.measured_max_concurrency),
         ("recommended", a.recommended_concurrency, b.recommended_concurrency),
         ("peak req/s", a.peak_throughput_rps, b.peak_throughput_rps),
     ):
         table.add_row(heading, number(x), number(y), number(y / x if x and y is not None else None))
-    table.add_row("binding", Text(a.binding), Text(b.binding), "")
+    table.add_row("binding", Text(a.binding or "–"), Text(b.binding or "–"), "")
     return table
 
 

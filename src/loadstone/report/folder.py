@@ -39,6 +39,8 @@ def read_run(run_dir: Path) -> Run:
     if not run_dir.is_dir():
         raise UsageError(f"{run_dir} is not a folder; give the run folder that find or bench wrote")
     verdict_path, facts_path = run_dir / "verdict.json", run_dir / "run.toml"
+    if (run_dir / "rate.json").is_file() and not verdict_path.is_file():
+        raise UsageError(f"{run_dir} is a run of rate, which has no line; its answer: loadstone report {run_dir}")
     try:
         verdict = msgspec.json.decode(_read(verdict_path), type=RunVerdict)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

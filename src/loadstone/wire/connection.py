@@ -6,7 +6,7 @@ that a server closing an idle connection is noticed at once. A request is writte
 socket does not take waits for the writer. A failed write decides nothing: the reader finds out how the server ended
 the connection, because a reply (413, 429) may already be waiting. Each way a call can end leads to exactly one of the
 owner's ``finished`` (complete reply), ``failed``, or ``stale`` (a reused connection that was closed before it answered
-anything: the keep-alive race, which is no failure of the server).
+anything, right after the request was written: the keep-alive race, which is no failure of the server).
 """
 
 import asyncio
@@ -35,6 +35,10 @@ from loadstone.wire.tls import TlsLayer
 _CLOSE_WITH_RESET = struct.pack("ii", 1, 0)
 _HELD_BACK_BYTES = 16_384
 """Unread bytes from which on the server may have been waiting for us: receive windows start at some 64 KiB."""
+
+_KEEP_ALIVE_RACE_NS = 500_000_000
+"""A server that closes an idle connection just as we write to it was closing before it read the request: its FIN or
+reset is here within a round trip. One that closes later had the request and dropped it."""
 
 
 class State(enum.Enum):
@@ -311,11 +315,14 @@ class Connection:
         elif error is None and reply.ends_with_connection:
             reply.reusable = False
             self._finish(call, call.exchange.log.last_ns() or time.monotonic_ns())
-        elif self._silent and self._reused:
+        elif self._silent and self._reused and self._just_sent(call):
             self.close()
             self._owner.stale(call)
         else:
             self._fail(Break.DISCONNECT, how_it_ended(error, call.exchange.status, self._silent))
+
+    def _just_sent(self, call: Call) -> bool:
+        return time.monotonic_ns() - call.exchange.sent_ns <= _KEEP_ALIVE_RACE_NS
 
     # -- ending
 
