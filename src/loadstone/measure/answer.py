@@ -15,7 +15,7 @@ from loadstone.core.limits import (
     recommend,
 )
 from loadstone.core.settings import RuleSettings
-from loadstone.core.verdict import BestEfficiency, GainLine, LevelKind, LevelRow, RunVerdict, Verdict
+from loadstone.core.verdict import NOT_ENDED, BestEfficiency, GainLine, LevelKind, LevelRow, RunVerdict, Verdict
 from loadstone.measure.curve import Curve
 from loadstone.measure.points import Point, judge_level
 from loadstone.measure.rules import Judgement, Stance
@@ -215,10 +215,10 @@ def _claim(
             return "nothing was judged"
         return f"{bracket.high.concurrency} {_fell(bracket.high)}: {bracket.high.reason}; nothing below it was run"
     parts = [_held(candidate, points, levels, settings)]
-    if candidate.gain is not None:
-        low, high = candidate.gain.low, candidate.gain.high
-        gain = f"a doubling gains less than {100 * settings.rules.min_gain:g} % beyond {candidate.gain.line:.0f}"
-        parts.append(f"{gain} [{low:.0f}–{'?' if math.isinf(high) else f'{high:.0f}'}]; nothing breaks there")
+    gain = _gain_line(candidate, points, settings)
+    if candidate.gain is not None and gain is not None:
+        least = f"a doubling gains less than {100 * settings.rules.min_gain:g} %"
+        parts.append(f"{least} beyond {gain.concurrency} [{gain.low}–{gain.high}]; nothing breaks there")
     elif bracket.high is not None:
         parts.append(f"{bracket.high.concurrency} {_fell(bracket.high)}: {bracket.high.reason}")
     elif following is None:
@@ -259,7 +259,7 @@ def _notes(measured: int | None, recommended: int | None, settings: SearchSettin
     notes: list[str] = []
     if following is not None:
         why = f" ({following.why})" if following.why else ""
-        notes.append(f"the search has not ended: {following.concurrency} would be run next{why}")
+        notes.append(f"{NOT_ENDED}: {following.concurrency} would be run next{why}")
     if measured is None or recommended is None:
         return notes
     low, high = settings.headroom - HEADROOM_BAND, min(settings.headroom + HEADROOM_BAND, 1.0)
