@@ -80,7 +80,8 @@ def test_only_a_level_that_was_stopped_is_called_so() -> None:
 
 
 def screen(width: int, told: list[LevelRow]) -> str:
-    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width)
+    # Whatever terminal the tests run in; a dumb one has its own width.
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width, height=50)
     with console.capture() as capture, Live(console=console, auto_refresh=False) as live:
         watcher = RichProgress(live)
         for decided in told:

@@ -33,12 +33,12 @@ _MARKS = {
 def progress(quiet: bool, stream: TextIO | None = None) -> Iterator[Watcher]:
     """The watcher that suits ``stream`` (standard error); the live display is taken down, whatever ends it."""
     stream = stream or sys.stderr
+    console = Console(file=stream, highlight=False)
     if quiet:
         yield Silent()
-    elif not stream.isatty():
+    elif not console.is_terminal or console.is_dumb_terminal:
         yield LineProgress(stream)
     else:
-        console = Console(file=stream, highlight=False)
         # No refresh thread: it would take the interpreter from the generator at moments of its own choosing.
         with Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False) as live:
             yield RichProgress(live)
