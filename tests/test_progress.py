@@ -127,7 +127,8 @@ def test_no_throughput_at_all_is_no_error() -> None:
     assert "peak 0.00 req/s" in screen(140, [row(1, throughput_rps=0.0), row(2, throughput_rps=0.0)])
 
 
-def test_the_display_suits_the_stream() -> None:
+def test_the_display_suits_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
     with progress(True, Terminal()) as watcher:
         assert type(watcher) is Silent
         tell(watcher)
@@ -138,6 +139,9 @@ def test_the_display_suits_the_stream() -> None:
         assert type(watcher) is RichProgress
         tell(watcher)
     assert "20 at once" in terminal.getvalue()
+    monkeypatch.setenv("TERM", "dumb")
+    with progress(False, Terminal()) as watcher:
+        assert type(watcher) is LineProgress
 
 
 def test_quiet_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
