@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from loadstone.cli.progress import Silent
@@ -104,7 +105,7 @@ def run(job: tuple[Profile, int, bool]) -> Outcome:
     started = time.perf_counter()
     verdict, sent = searched(server, seed)
     took_s = time.perf_counter() - started
-    truth = Truth(server, PROMPT_TOKENS, server.default_output_tokens, request_timeout_s=120.0, most=2 * LADDER[-1])
+    truth = truth_of(server)
     hard = truth.largest(
         lambda at: (
             at.success_share >= MIN_SUCCESS
@@ -127,6 +128,12 @@ def run(job: tuple[Profile, int, bool]) -> Outcome:
         plain=plain_ladder(truth, hard),
         took_s=took_s,
     )
+
+
+@cache
+def truth_of(profile: Profile) -> Truth:
+    """One profile's truth serves all of its seeds."""
+    return Truth(profile, PROMPT_TOKENS, profile.default_output_tokens, request_timeout_s=120.0, most=2 * LADDER[-1])
 
 
 def searched(profile: Profile, seed: int) -> tuple[RunVerdict, int]:
