@@ -19,6 +19,7 @@ from loadstone.core.gain import GainEstimate
 from loadstone.core.limits import recommend
 from loadstone.core.verdict import LevelKind, Verdict
 from loadstone.measure.curve import Curve
+from loadstone.measure.guess import fails_cheaply, guess_inside
 from loadstone.measure.points import Point
 from loadstone.measure.rules import Rules, Stance, requests_for
 
@@ -27,12 +28,10 @@ BRACKET_REQUESTS = 5
 TOP_UP_REQUESTS = 2
 WINDOW_TIMES = 5
 """A window of fewer request times holds too few waves to judge by itself."""
-MAX_STEPS_DOWN = 3
 MAX_RUNS = 3
 """Of one level: more would not settle what these did not."""
 MAX_BISECTIONS = 16
 MAX_GAIN_LEVELS = 6
-_CHEAP_RULES = ("success", "resource")
 
 
 @dataclass(frozen=True)
@@ -220,17 +219,20 @@ def _narrow(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
     low, high = bracket.low, bracket.high
     if low is None or high is None or bracket.closed(settings.rules.resolution):
         return None
+    if high.verdict is Verdict.INVALID:
+        # Where the generator gives out says nothing of the server: the answer stays a lower bound.
+        return None
     gain = binding_gain(points, bracket, settings)
     if gain is not None and gain.line * (1 + settings.rules.resolution) < low.concurrency:
         return None
     inside = [p for p in points if low.concurrency < p.concurrency < high.concurrency]
     if len(points) > len(settings.ladder) + MAX_BISECTIONS:
         return None
-    guess = _guess(low, high, points, settings.rules.resolution)
+    guess = guess_inside(low, high, points, settings.rules.resolution)
     target = min(max(math.floor(guess.concurrency), low.concurrency + 1), high.concurrency - 1)
     if any(p.concurrency == target for p in inside):
         return None
-    answers = guess.holds and (_is_cheap(high.rule) or _pays_up_to(target, points, settings))
+    answers = guess.holds and (fails_cheaply(high.rule) or _pays_up_to(target, points, settings))
     return _bracket_ask(target, answers, low, high, settings)
 
 
@@ -238,77 +240,6 @@ def _pays_up_to(concurrency: int, points: Sequence[Point], settings: SearchSetti
     """The gain line cannot lie below ``concurrency``."""
     gain = Curve.of(points).gain_under_line(settings.rules.min_gain)
     return gain is None or gain.low >= concurrency
-
-
-def _is_cheap(rule: str) -> bool:
-    """Failing costs little: refusals and a full cache show at once."""
-    return rule.split(":")[0] in _CHEAP_RULES
-
-
-@dataclass(frozen=True)
-class Guess:
-    """Where to look next inside a bracket."""
-
-    concurrency: float
-    holds: bool
-    """It is expected to pass: near enough to the line to be the answer."""
-
-
-def _guess(low: Point, high: Point, points: Sequence[Point], resolution: float) -> Guess:
-    bottom, top = low.concurrency, high.concurrency
-    if high.refuted and sum(1 for point in points if point.refuted) <= MAX_STEPS_DOWN:
-        return Guess(top / (1 + resolution), True)
-    crossing = _crossing(low, high, points, resolution)
-    if crossing is None:
-        power = 0.75 if _is_cheap(high.rule) else 0.6
-        return Guess(bottom * (top / bottom) ** power, False)
-    # Just below the crossing closes the bracket from one side; where that is known already, just above it.
-    below, step = crossing.concurrency * (1 - resolution / 2), 1 + resolution / 2
-    if below > bottom * (1 + resolution) * step:
-        return Guess(min(below, top / step), crossing.holds)
-    return Guess(min(max(crossing.concurrency * step, bottom * step), bottom * (1 + resolution)), False)
-
-
-def _crossing(low: Point, high: Point, points: Sequence[Point], resolution: float) -> Guess | None:
-    """Where the failing rule seems to cross its limit; None where nothing tells.
-
-    A limit that the server itself told holds up to there, so half a resolution more is where it is crossed.
-    """
-    bottom, top = low.concurrency, high.concurrency
-    if high.accepted and high.rule == "success" and high.accepted < top:
-        # The server itself says where its limit is: how much it was working on while it refused the rest.
-        return Guess(max(bottom, high.accepted) * (1 + resolution / 2), True)
-    kv_use = _pressure(low, "resource:kv")
-    if high.rule in ("resource:kv", "resource:preemptions") and kv_use:
-        # The cache fills in proportion to what runs.
-        full = bottom / kv_use
-        return Guess(full * (1 + resolution / 2), True) if bottom < full < top else None
-    if high.line_by_little is not None and bottom * (1 + resolution) < high.line_by_little < top:
-        return Guess(high.line_by_little, True)
-    above = next((p for p in points if p.concurrency > top and p.verdict is Verdict.FAIL), None)
-    return _secant(low, high, above)
-
-
-def _secant(low: Point, high: Point, above: Point | None) -> Guess | None:
-    """Where pressure on the failing rule crosses its limit.
-
-    On the log–log line between the two ends; where two levels failed, on the straight line through them: what waits
-    grows in proportion to the requests beyond the knee, so that line is the truer one.
-    """
-    p_low, p_high = _pressure(low, high.rule), _pressure(high, high.rule)
-    if p_low is None or p_high is None or not p_low < 1 < p_high:
-        return None
-    if above is not None and (p_above := _pressure(above, high.rule)) is not None and p_above > p_high:
-        slope = (p_above - p_high) / (above.concurrency - high.concurrency)
-        straight = high.concurrency - (p_high - 1) / slope
-        if low.concurrency < straight < high.concurrency:
-            return Guess(straight, True)
-    ratio = high.concurrency / low.concurrency
-    return Guess(low.concurrency * ratio ** (math.log(1 / p_low) / math.log(p_high / p_low)), False)
-
-
-def _pressure(point: Point, rule: str) -> float | None:
-    return (point.pressure or {}).get(rule)
 
 
 def _bracket_ask(target: int, holds: bool, low: Point, high: Point, settings: SearchSettings) -> Ask:
