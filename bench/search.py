@@ -214,7 +214,7 @@ def main() -> None:
     quiet = [p for p in QUIET if not names or p.name in names]
     noisy = [p for p in NOISY if not names or p.name in names]
     with ProcessPoolExecutor() as pool:
-        if quiet:
+        if quiet and args.seeds:
             report("Quiet profiles", list(pool.map(run, [(p, s, True) for p in quiet for s in range(args.seeds)])))
         if noisy and args.noisy_seeds:
             jobs = [(p, s, False) for p in noisy for s in range(args.noisy_seeds)]

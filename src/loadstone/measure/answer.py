@@ -123,7 +123,9 @@ def verdict_of(
         non_monotone=_non_monotone(points, bracket),
         peak_throughput_rps=max((p.throughput.rps for p in points if p.throughput), default=None),
         levels=rows,
-        sure=candidate is not None and following is None and _is_sure(candidate, bracket, points),
+        sure=candidate is not None
+        and following is None
+        and _is_sure(candidate, bracket, points, settings.rules.min_gain, settings.rules.resolution),
         recommended_throughput_rps=_throughput_at(recommended, points),
         notes=_notes(measured, recommended, settings, following),
     )
@@ -187,12 +189,18 @@ def _non_monotone(points: Sequence[Point], bracket: Bracket) -> bool:
     return any(p.verdict is Verdict.PASS and p.concurrency > bracket.high.concurrency for p in points)
 
 
-def _is_sure(candidate: Candidate, bracket: Bracket, points: Sequence[Point]) -> bool:
+def _is_sure(
+    candidate: Candidate, bracket: Bracket, points: Sequence[Point], min_gain: float, resolution: float
+) -> bool:
     here = _at(candidate.concurrency, points)
     if here is None or not here.sure:
         return False
     if candidate.binding in ("gain", "ladder", "client"):
         return True
+    gain = Curve.of(points).gain_under_line(min_gain)
+    if gain is not None and gain.low * (1 + resolution) < candidate.concurrency:
+        # Noise leaves room for a gain line below: that this rule binds is not shown.
+        return False
     return bracket.high is None or bracket.high.sure
 
 

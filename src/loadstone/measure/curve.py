@@ -49,10 +49,10 @@ class Curve:
         measured = self.gain(min_gain)
         if measured is None or measured.reached:
             return measured
-        last = self._last_slope()
+        slope, error = self._last_slope()
         flat = self._continued(0.0).gain(min_gain)
-        likely = self._continued(_bent(last)).gain(min_gain)
-        steep = self._continued(last).gain(min_gain)
+        likely = self._continued(_bent(slope)).gain(min_gain)
+        steep = self._continued(min(1.0, slope + error)).gain(min_gain)
         if flat is None or likely is None or steep is None or not flat.reached:
             return measured
         if not likely.reached:
@@ -70,7 +70,7 @@ class Curve:
         if min_gain <= 0 or len(self.ns) < 2:
             return None
         dense = self._filled()
-        estimate = dense._continued(_bent(dense._last_slope())).gain(min_gain)
+        estimate = dense._continued(_bent(dense._last_slope()[0])).gain(min_gain)
         return estimate.line if estimate is not None and estimate.reached else None
 
     def is_settled(self, estimate: GainEstimate, resolution: float) -> bool:
@@ -97,15 +97,19 @@ class Curve:
                 xs.append(1 / ((1 - share) / x + share / next_x))
         return Curve((*ns, self.ns[-1]), (*xs, self.xs[-1]), tuple(0.0 for _ in (*ns, 0)))
 
-    def _last_slope(self) -> float:
-        """At most dlnX/dlnN at the end, between 0 and 1: where a curve bends downwards every chord to its end is
-        steeper than its end. The flattest is taken, its own error added: a short chord tells mostly noise."""
-        slopes = [1.0]
+    def _last_slope(self) -> tuple[float, float]:
+        """dlnX/dlnN at the end and its error, together between 0 and 1.
+
+        Where a curve bends downwards every chord to its end is steeper than its end, so the flattest tells most; but a
+        short chord tells mostly noise, so the flattest is the one that is so with its error added.
+        """
+        slopes = [(1.0, 0.0)]
         for n, x, se in zip(self.ns[:-1], self.xs, self.ses, strict=False):
             span = math.log(self.ns[-1] / n)
             error = math.hypot(se / x, self.ses[-1] / self.xs[-1]) / span
-            slopes.append(math.log(self.xs[-1] / x) / span + error)
-        return max(0.0, min(slopes))
+            slopes.append((math.log(self.xs[-1] / x) / span, error))
+        slope, error = min(slopes, key=sum)
+        return max(0.0, slope), error
 
     def _continued(self, slope: float) -> "Curve":
         """The curve with exact points beyond its end, so close that nothing is left to interpolation."""

@@ -15,6 +15,7 @@ from loadstone.sim.profiles import Profile
 from loadstone.sim.service import Fate, Service
 
 _WARM_LIVES = 4
+_LONGEST_WARM_LIVES = 20
 _PAUSE_NS = (10_000_000, 1_000_000_000)
 _NEVER_NS = 1 << 62
 
@@ -90,7 +91,7 @@ class ClosedLoop:
 
     def run(self, lives: int, least_requests: int = 0) -> Steady:
         """Warm up, then watch a window of ``lives`` lifetimes and at least so many requests."""
-        while self._now_ns < _WARM_LIVES * self._life_ns:
+        while self._now_ns < _WARM_LIVES * self._life_ns or self._knows_too_little():
             self._next_event()
         lives = max(lives, -(-least_requests // self._concurrency))
         from_ns = self._now_ns + 1
@@ -103,6 +104,14 @@ class ClosedLoop:
         while window.open:
             self._next_event()
         return self._summarise(window, preempted)
+
+    def _knows_too_little(self) -> bool:
+        """The first to end are the short ones: before each slot has ended a few, their mean says too little of a life.
+
+        Where little succeeds there is nothing to wait for.
+        """
+        wanted = _WARM_LIVES * self._concurrency
+        return self._successes < wanted and self._now_ns < _LONGEST_WARM_LIVES * self._life_ns
 
     def _summarise(self, window: _Window, preempted: int) -> Steady:
         window_ns = window.until_ns - window.from_ns
