@@ -111,7 +111,9 @@ class ClosedLoop:
         Where little succeeds there is nothing to wait for.
         """
         wanted = _WARM_LIVES * self._concurrency
-        return self._successes < wanted and self._now_ns < _LONGEST_WARM_LIVES * self._life_ns
+        if self._service.profile.quiet or self._successes >= wanted:
+            return False
+        return self._now_ns < _LONGEST_WARM_LIVES * self._life_ns
 
     def _summarise(self, window: _Window, preempted: int) -> Steady:
         window_ns = window.until_ns - window.from_ns
