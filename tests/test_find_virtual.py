@@ -20,6 +20,7 @@ from loadstone.measure.book import RunBook
 from loadstone.measure.find import FindSettings, find, search_settings
 from loadstone.measure.runs import RunFolder, create_run, open_run
 from loadstone.measure.server import Server
+from loadstone.measure.watch import LevelProgress
 from loadstone.sim.clock import VirtualClock, run_virtual
 from loadstone.sim.profiles import Profile, named
 from loadstone.sim.truth import Truth
@@ -43,16 +44,8 @@ class Listener:
             assert task is not None
             task.cancel()
 
-    def level_progress(
-        self,
-        done: int,
-        planned: int,
-        throughput_rps: float | None,
-        mean_ttft_ms: float | None,
-        elapsed_s: float,
-        in_flight: int,
-    ) -> None:
-        assert done >= 0
+    def level_progress(self, so_far: LevelProgress) -> None:
+        assert so_far.done >= 0
 
     def level_decided(self, row: LevelRow) -> None:
         self.rows.append(row)

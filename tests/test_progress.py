@@ -8,7 +8,7 @@ from rich.live import Live
 
 from loadstone.cli.progress import LineProgress, RichProgress, Silent, progress
 from loadstone.core.verdict import LevelKind, LevelRow, Verdict
-from loadstone.measure.watch import Watcher
+from loadstone.measure.watch import LevelProgress, Watcher
 
 
 def row(
@@ -46,10 +46,10 @@ class Terminal(io.StringIO):
 def tell(watcher: Watcher) -> None:
     watcher.note("The server rejects ignore_eos.")
     watcher.level_started(1, LevelKind.LADDER, 20, 200)
-    watcher.level_progress(50, 200, 4.2, 81.0, 12.0, 20)
+    watcher.level_progress(LevelProgress(50, 200, 4.2, 81.0, 12.0, 20))
     watcher.level_decided(row(20, throughput_rps=4.2, mean_ttft_ms=81.0))
     watcher.level_started(2, LevelKind.BISECT, 100, 1000)
-    watcher.level_progress(10, 1000, None, None, 0.3, 100)
+    watcher.level_progress(LevelProgress(10, 1000, None, None, 0.3, 100))
     watcher.level_decided(FAILED)
 
 
@@ -87,7 +87,7 @@ def screen(width: int, told: list[LevelRow]) -> str:
         for decided in told:
             watcher.level_decided(decided)
         watcher.level_started(9, LevelKind.CONFIRM, 50, 500)
-        watcher.level_progress(250, 500, 7.25, 90.0, 75.0, 49)
+        watcher.level_progress(LevelProgress(250, 500, 7.25, 90.0, 75.0, 49))
     return capture.get()
 
 

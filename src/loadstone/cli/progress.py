@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from loadstone.core.verdict import LevelKind, LevelRow, Verdict
-from loadstone.measure.watch import Watcher
+from loadstone.measure.watch import LevelProgress, Watcher
 
 _REDRAW_EVERY_S = 0.25
 _BAR_WIDTH = 24
@@ -50,15 +50,7 @@ class Silent:
     def level_started(self, ordinal: int, kind: LevelKind, concurrency: int, planned: int) -> None:
         pass
 
-    def level_progress(
-        self,
-        done: int,
-        planned: int,
-        throughput_rps: float | None,
-        mean_ttft_ms: float | None,
-        elapsed_s: float,
-        in_flight: int,
-    ) -> None:
+    def level_progress(self, so_far: LevelProgress) -> None:
         pass
 
     def level_decided(self, row: LevelRow) -> None:
@@ -94,24 +86,16 @@ class RichProgress:
         self._title = f"{_TITLES[kind]} {concurrency} at once"
         self._draw(0, planned, f"0/{planned}", 0.0)
 
-    def level_progress(
-        self,
-        done: int,
-        planned: int,
-        throughput_rps: float | None,
-        mean_ttft_ms: float | None,
-        elapsed_s: float,
-        in_flight: int,
-    ) -> None:
-        if 0 <= elapsed_s - self._drawn_s < _REDRAW_EVERY_S:
+    def level_progress(self, so_far: LevelProgress) -> None:
+        if 0 <= so_far.elapsed_s - self._drawn_s < _REDRAW_EVERY_S:
             return
-        figures = [f"{done}/{planned}", _time(elapsed_s)]
-        if throughput_rps is not None:
-            figures.append(f"{_number(throughput_rps)} req/s")
-        if mean_ttft_ms is not None:
-            figures.append(f"TTFT {_number(mean_ttft_ms)} ms")
-        figures.append(f"{in_flight} in flight")
-        self._draw(done, planned, " · ".join(figures), elapsed_s)
+        figures = [f"{so_far.done}/{so_far.planned}", _time(so_far.elapsed_s)]
+        if so_far.throughput_rps is not None:
+            figures.append(f"{_number(so_far.throughput_rps)} req/s")
+        if so_far.mean_ttft_ms is not None:
+            figures.append(f"TTFT {_number(so_far.mean_ttft_ms)} ms")
+        figures.append(f"{so_far.in_flight} in flight")
+        self._draw(so_far.done, so_far.planned, " · ".join(figures), so_far.elapsed_s)
 
     def level_decided(self, row: LevelRow) -> None:
         self._rows.append(row)

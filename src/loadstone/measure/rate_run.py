@@ -26,7 +26,7 @@ from loadstone.measure.search import SearchSettings
 from loadstone.measure.server import Server
 from loadstone.measure.steady import LevelData, LevelMeta
 from loadstone.measure.telemetry import Telemetry, TelemetrySample, summarise_telemetry
-from loadstone.measure.watch import Watcher
+from loadstone.measure.watch import LevelProgress, Watcher
 
 RATE_FILE = "rate.json"
 OPEN_LOOP_FOLDER = "open_loop"
@@ -168,7 +168,8 @@ async def _play(
         elapsed_ns = server.clock.now_ns() - t0_ns
         in_flight = min(plan.concurrency, max(0, bisect(due_ns, elapsed_ns) - done))
         elapsed_s = max(elapsed_ns / 1e9, 1e-3)
-        watcher.level_progress(done, plan.bench.num_prompts, done / elapsed_s, None, elapsed_s, in_flight)
+        so_far = LevelProgress(done, plan.bench.num_prompts, done / elapsed_s, None, elapsed_s, in_flight)
+        watcher.level_progress(so_far)
 
     workload, endpoint = ready.prepared.workload, ready.endpoint
     try:

@@ -23,7 +23,7 @@ from loadstone.measure.points import judge_level
 from loadstone.measure.rules import MAX_PREEMPTED_SHARE, SUCCESS_PROOF_REQUESTS, Rules, extension, undecided
 from loadstone.measure.steady import LevelData, LevelMeta, Summary
 from loadstone.measure.telemetry import Telemetry, TelemetrySample, summarise_telemetry
-from loadstone.measure.watch import Watcher
+from loadstone.measure.watch import LevelProgress, Watcher
 from loadstone.measure.workload import Workload
 
 _TICK_MIN_NS = 20_000_000
@@ -281,9 +281,8 @@ class LevelRunner:
         window_s = (now_ns - state.w0_ns) / 1e9 if state.w0_ns else 0.0
         throughput_rps = done / window_s if done and window_s > 0 else None
         elapsed_s = (now_ns - state.t0_ns) / 1e9
-        self._watcher.level_progress(
-            done, state.planned, throughput_rps, live.mean_ttft_ms(), elapsed_s, self._loop.in_flight
-        )
+        ttft_ms, in_flight = live.mean_ttft_ms(), self._loop.in_flight
+        self._watcher.level_progress(LevelProgress(done, state.planned, throughput_rps, ttft_ms, elapsed_s, in_flight))
 
     # -- requests
 

@@ -1,8 +1,21 @@
 """Who looks on while a search runs."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from loadstone.core.verdict import LevelKind, LevelRow
+
+
+@dataclass(frozen=True, slots=True)
+class LevelProgress:
+    """A level that is running. None is not known yet."""
+
+    done: int
+    planned: int
+    throughput_rps: float | None
+    mean_ttft_ms: float | None
+    elapsed_s: float
+    in_flight: int
 
 
 class Watcher(Protocol):
@@ -12,16 +25,8 @@ class Watcher(Protocol):
         """A level of ``planned`` requests begins."""
         ...
 
-    def level_progress(
-        self,
-        done: int,
-        planned: int,
-        throughput_rps: float | None,
-        mean_ttft_ms: float | None,
-        elapsed_s: float,
-        in_flight: int,
-    ) -> None:
-        """How far the running level is; call it as often as convenient. None is not known yet."""
+    def level_progress(self, so_far: LevelProgress) -> None:
+        """How far the running level is; call it as often as convenient."""
         ...
 
     def level_decided(self, row: LevelRow) -> None:
