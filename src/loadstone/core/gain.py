@@ -20,6 +20,8 @@ _Array = npt.NDArray[np.float64]
 
 _REDRAWS = 200
 _GRID_PER_DOUBLING = 32
+_DEGREES_OF_FREEDOM = 7
+"""Of an error taken from eight slices of a window."""
 _HALF = 0.5
 """log2 √2"""
 
@@ -79,11 +81,22 @@ def gain_line(
 
     reached = math.isfinite(chord_line)
     line = chord_line if reached else right_end
-    low = min(line, _ordered(low_lines, 0.025), right_end)
+    low = min(line, _ordered(low_lines, 0.025), _reflected(us, draws, grid, threshold, line), right_end)
     high = max(line, _ordered(high_lines, 0.975)) if reached else math.inf
     if lowest > 0.0 and line < lowest + _HALF:
         low, high = 0.0, max(high, lowest + _HALF)
     return GainEstimate(2.0**line, 2.0**low, 2.0**high, reached)
+
+
+def _reflected(us: _Array, draws: _Array, grid: _Array, threshold: float, line: float) -> float:
+    """The lower end of the basic bootstrap interval (Davison & Hinkley, 5.2.1), from noise alone.
+
+    The last crossing of a noisy curve lies too far right rather than too far left: how far the redrawn lines run ahead
+    of the line tells how far the line may have run ahead of the truth.
+    """
+    lines = _last_crossing(grid, _chord(us, draws, grid + _HALF) - _chord(us, draws, grid - _HALF), threshold)
+    ahead = min(_ordered(lines, 0.975), float(us[-1])) - line
+    return line - max(0.0, ahead)
 
 
 def _curve(ns: Sequence[float], xs: Sequence[float]) -> tuple[_Array, _Array]:
@@ -98,7 +111,7 @@ def _redraw(ns: Sequence[float], xs: Sequence[float], ses: Sequence[float] | Non
         return ys[None, :]
     points = sorted((n, se / x) for n, x, se in zip(ns, xs, ses, strict=True) if x > 0)
     relative = np.array([error for _, error in points])
-    noise = np.random.default_rng(0).standard_normal((_REDRAWS, relative.size)) * relative / math.log(2)
+    noise = np.random.default_rng(0).standard_t(_DEGREES_OF_FREEDOM, (_REDRAWS, relative.size)) * relative / math.log(2)
     return np.asarray(ys + np.concatenate((noise[:, :1], noise), axis=1))
 
 

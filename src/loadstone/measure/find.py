@@ -246,6 +246,7 @@ def level_plan(wanted: Ask, ordinal: int) -> LevelPlan:
         stance=wanted.stance,
         may_stop_early=wanted.may_stop_early,
         window_times=wanted.window_times,
+        most_requests=wanted.most_requests,
     )
 
 

@@ -38,6 +38,8 @@ class LevelPlan:
     may_stop_early: bool = True
     window_times: int = 5
     """Least length of the window in mean request times; less where the level only adds to an earlier one."""
+    most_requests: int = 0
+    """To be judged where throughput scatters; 0: ``requests`` will do."""
 
 
 class Phase(enum.Enum):

@@ -282,7 +282,7 @@ def _percent(share: float) -> str:
 
 
 def requests_for(stance: Stance, concurrency: int, base: int, rules: Rules, streams: bool) -> int:
-    """Requests to judge at first: ``base`` (8N on the ladder, 5N inside a bracket), raised to what the answer needs."""
+    """Requests to judge at first: ``base`` (5N by default), raised to what the answer needs."""
     if stance is not Stance.CONFIRM:
         return base
     needed = [10 * concurrency, SUCCESS_PROOF_REQUESTS]

@@ -20,8 +20,8 @@ from loadstone.measure.early import certain_failure
 from loadstone.measure.generator import ClosedLoop
 from loadstone.measure.level import LevelPlan, LevelState, LiveView, Phase
 from loadstone.measure.points import judge_level
-from loadstone.measure.rules import MAX_PREEMPTED_SHARE, SUCCESS_PROOF_REQUESTS, Rules, extension, undecided
-from loadstone.measure.steady import LevelData, LevelMeta, Summary
+from loadstone.measure.rules import MAX_PREEMPTED_SHARE, SUCCESS_PROOF_REQUESTS, Judgement, Rules, extension, undecided
+from loadstone.measure.steady import LevelData, LevelMeta, Summary, scatters
 from loadstone.measure.telemetry import Telemetry, TelemetrySample, summarise_telemetry
 from loadstone.measure.watch import LevelProgress, Watcher
 from loadstone.measure.workload import Workload
@@ -152,13 +152,10 @@ class LevelRunner:
             await reader.read(state.hung(self._clock.now_ns()))
             data = self._data(state, reader, self._telemetry.samples, started_at, "")
             summary, judgement = judge_level(data, self._settings.rules, plan.stance)
-            finding = None if state.ran_out else undecided(summary, judgement, self._settings.rules)
-            if finding is None:
-                break
-            more = extension(summary, finding, self._settings.rules, plan.requests, self._steepness(summary))
+            more, why = (0, "") if state.ran_out else self._missing(plan, summary, judgement)
             if not more:
                 break
-            self._watcher.note(f"{plan.concurrency}: {finding.reason}: too close to tell, {more} requests more")
+            self._watcher.note(f"{plan.concurrency}: {why}, {more} requests more")
             state.extend(more, self._clock.now_ns())
         passed = not stopped and judgement.verdict is Verdict.PASS
         hung = state.hung(self._clock.now_ns())
@@ -175,6 +172,17 @@ class LevelRunner:
         data = self._data(state, reader, samples, started_at, stopped, clock_step_ms)
         self._learn(data)
         return LevelResult(data, samples)
+
+    def _missing(self, plan: LevelPlan, summary: Summary, judgement: Judgement) -> tuple[int, str]:
+        """How many requests more this level needs, and why."""
+        finding = undecided(summary, judgement, self._settings.rules)
+        if finding is not None:
+            more = extension(summary, finding, self._settings.rules, plan.requests, self._steepness(summary))
+            return more, f"{finding.reason}: too close to tell"
+        more = plan.most_requests - summary.requests
+        if more > 0 and judgement.verdict is Verdict.PASS and scatters(summary):
+            return more, "throughput scatters"
+        return 0, ""
 
     def _data(
         self,

@@ -31,6 +31,8 @@ from loadstone.measure.telemetry import ServerFigures
 
 STEADY_WAVES = 3
 """Fewer request times than this in a window and its throughput is not used."""
+MAX_SCATTER = 0.01
+"""Standard error of a throughput, relative, from which on more requests are worth their time."""
 Z_ONE_SIDED = 1.645
 _OURS = frozenset({Outcome.CUT, Outcome.CLIENT})
 
@@ -188,6 +190,12 @@ class Summary:
     def supported_concurrency(self) -> int:
         """What a PASS is evidence for: slots that stood empty for a share D of the time did not load the server."""
         return max(1, math.floor(self.concurrency * (1 - self.client.turnaround_share) + 1e-9))
+
+
+def scatters(summary: Summary) -> bool:
+    """Throughput is known too loosely for the gain of a doubling to be read from it."""
+    x = summary.throughput
+    return x is not None and x.se_rps > MAX_SCATTER * x.rps
 
 
 def summarise(levels: Sequence[LevelData]) -> Summary:
