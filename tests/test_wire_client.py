@@ -236,6 +236,21 @@ def test_a_server_that_closes_twice_without_a_byte_is_a_disconnect() -> None:
     asyncio.run(main())
 
 
+def test_a_second_reply_in_the_same_read_is_no_part_of_the_first() -> None:
+    served = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal served
+        served += 1
+        await read_request(reader)
+        writer.write(OK + OK)
+        await read_request(reader)
+
+    first, second = exchange_with(script, requests=2)
+    assert (first.broken, first.log.body(), second.broken, second.log.body()) == (None, b"{}", None, b"{}")
+    assert served == 2, "a connection that says more than it was asked is not used again"
+
+
 def test_an_idle_connection_that_speaks_or_ends_leaves_the_pool() -> None:
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)

@@ -12,6 +12,10 @@ from loadstone.core.target import Exchange
 _KEPT = frozenset({b"content-type", b"retry-after", b"server", b"x-loadstone-reason"})
 
 
+class UnaskedError(Exception):
+    """Stops the parser before what nobody asked for becomes part of the reply."""
+
+
 class ReplyReader:
     """Fills in status and headers of the current exchange; body bytes gather in ``parts``, the caller's to take.
 
@@ -46,6 +50,7 @@ class ReplyReader:
     def on_message_begin(self) -> None:
         if self.complete:
             self.reusable = False
+            raise UnaskedError("a second reply to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         key = name.lower()
