@@ -307,6 +307,13 @@ def test_the_queue_is_never_left_longer_than_the_request_may_take() -> None:
     assert file.limits.queue_timeout_s == pytest.approx(1.5 - 1.0)
 
 
+def test_limits_have_a_queue_although_the_recommended_level_moved_after_it_was_run() -> None:
+    file = limits(book(*passing(1, 2, 5, 10, 14, 20), slow(21)))
+    assert file.limits.max_concurrency == 15
+    assert file.limits.max_queue is not None
+    assert file.limits.queue_timeout_s is not None
+
+
 def test_the_evidence() -> None:
     run = book(*TO_TWENTY, slow(21))
     found = run.verdict()

@@ -324,6 +324,13 @@ def test_a_gate_that_lets_us_through_is_no_gate(tmp_path: Path) -> None:
     assert not any(level.meta.through_gate for level in open_run(str(tmp_path / "run")).levels())
 
 
+def test_a_gate_that_refuses_in_spite_of_a_key_is_what_was_measured(tmp_path: Path) -> None:
+    search("sharp-knee", tmp_path / "run", around=behind_gate(8), admin=True)
+    limits = loads((tmp_path / "run/limits.toml").read_text(), "limits.toml")
+    assert limits.evidence is not None
+    assert limits.evidence.through_gate
+
+
 def rows(verdicts: Sequence[LevelRow]) -> list[tuple[int, Verdict]]:
     return [(row.concurrency, row.verdict) for row in verdicts]
 

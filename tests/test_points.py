@@ -26,6 +26,15 @@ def test_a_confirmation_that_was_stopped_refutes() -> None:
     assert again.verdict is Verdict.PASS, "a level that was only cold passes when it is run again"
 
 
+def test_the_cold_first_level_of_a_run_is_not_pooled_with_its_repetition() -> None:
+    cold = level(1, failed=[Outcome.TIMEOUT] * 4, waves=8, ordinal=1)
+    warm = level(1, waves=8, ordinal=2)
+    assert point_of([cold], RULES).verdict is Verdict.FAIL
+    assert point_of([cold, warm], RULES).verdict is Verdict.PASS
+    elsewhere = [replace_meta(cold, ordinal=7), replace_meta(warm, ordinal=8)]
+    assert point_of(elsewhere, RULES).verdict is Verdict.FAIL
+
+
 @pytest.mark.parametrize("stance", list(Stance))
 def test_a_level_without_a_judged_request_decides_nothing(stance: Stance) -> None:
     assert judge(summarise([level(10, waves=2)]), RULES, stance).verdict is Verdict.UNRESOLVED

@@ -289,9 +289,12 @@ def limits_of(
     measured, recommended = verdict.measured_max_concurrency, verdict.recommended_concurrency
     if measured is None or recommended is None:
         return None
-    same = [level for level in _usable(levels, verdict.levels) if level.meta.concurrency == recommended]
+    usable = [level for level in _usable(levels, verdict.levels) if level.meta.concurrency <= measured]
     limits = Limits(max_concurrency=recommended, request_timeout_s=request_timeout_s)
-    if same:
+    if usable:
+        # The recommended level itself, or, where the line moved after that was run, the nearest: never no queue bound.
+        nearest = min((level.meta.concurrency for level in usable), key=lambda n: abs(math.log(n / recommended)))
+        same = [level for level in usable if level.meta.concurrency == nearest]
         limits = _derived(summarise(same), recommended, settings, request_timeout_s)
     evidence = Evidence(
         measured_max_concurrency=measured,

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from loadstone import __version__
 from loadstone.core.api import ENDPOINTS
 from loadstone.core.api.endpoint import BodyOptions, Endpoint
-from loadstone.core.errors import EXIT_FAILED, EXIT_INVALID, EXIT_OK, UsageError
+from loadstone.core.errors import EXIT_FAILED, EXIT_INVALID, EXIT_OK, UnreachableError, UsageError
 from loadstone.core.records import Outcome
 from loadstone.core.settings import (
     DataSettings,
@@ -161,10 +162,24 @@ async def make_ready(
     )
     for note in prepared.notes:
         watcher.note(note)
-    if prepared.probe.through_gate and not admin:
-        watcher.note("a Loadstone gate answers: without --admin-key its own limits are measured, not the server's")
+    if prepared.probe.through_gate:
+        await _meet_gate(server, watcher, admin=admin)
     rehearsal = await _warm_up(server, endpoint, prepared)
     return Ready(model, endpoint, prepared, rehearsal)
+
+
+async def _meet_gate(server: Server, watcher: Watcher, *, admin: bool) -> None:
+    """Raises UsageError where the gate does not accept the key."""
+    if not admin:
+        watcher.note("a Loadstone gate answers: without --admin-key its own limits are measured, not the server's")
+        return
+    try:
+        status = (await server.fetch("GET", "/stats")).status
+    except UnreachableError:
+        # Only a 401 tells of the key; requests that fail will tell themselves.
+        return
+    if status == HTTPStatus.UNAUTHORIZED:
+        raise UsageError("--admin-key: the gate does not accept it; give the key that it was started with")
 
 
 async def _warm_up(server: Server, endpoint: Endpoint, prepared: Prepared) -> Rehearsal:
@@ -215,7 +230,8 @@ async def find(
         await _search(book, runner, folder, watcher, settings)
     finally:
         runner.close()
-        verdict = conclude(book, folder, settings, subject_of(folder, ready, settings, admin), now())
+        lifted = admin and not runner.gate_reason
+        verdict = conclude(book, folder, settings, subject_of(folder, ready, settings, lifted), now())
     for note in ready.prepared.workload.notes:
         watcher.note(note)
     return verdict
@@ -274,14 +290,14 @@ def level_runner(
     )
 
 
-def subject_of(folder: RunFolder, ready: Ready, settings: FindSettings, admin: bool) -> Subject:
-    """What was measured, for the evidence in ``limits.toml``."""
+def subject_of(folder: RunFolder, ready: Ready, settings: FindSettings, lifted: bool) -> Subject:
+    """What was measured, for the evidence in ``limits.toml``; ``lifted``: a gate's limits did not hold for it."""
     return Subject(
         model=ready.model,
         endpoint=ready.endpoint.name,
         base_url=settings.server.base_url,
         run=str(folder.path),
-        through_gate=ready.through_gate and not admin,
+        through_gate=ready.through_gate and not lifted,
     )
 
 

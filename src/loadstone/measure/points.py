@@ -59,6 +59,7 @@ def judge_level(level: LevelData, rules: Rules, stance: Stance) -> tuple[Summary
 
 def point_of(levels: Sequence[LevelData], rules: Rules) -> Point:
     """Pool all levels that were run at one concurrency, in running order."""
+    runs, levels = len(levels), _warm(levels, rules)
     usable = [level for level in levels if level.complete and not _void(level, rules)]
     if usable and not _failed_early(levels[-1], rules):
         summary = summarise(usable)
@@ -73,7 +74,7 @@ def point_of(levels: Sequence[LevelData], rules: Rules) -> Point:
         rule=judgement.rule,
         reason=judgement.reason,
         sure=judgement.sure,
-        runs=len(levels),
+        runs=runs,
         full=bool(usable) or exact,
         requests=summary.requests if usable else 0,
         throughput=summary.throughput if usable else None,
@@ -83,6 +84,14 @@ def point_of(levels: Sequence[LevelData], rules: Rules) -> Point:
         refuted=judgement.verdict is Verdict.FAIL and levels[-1].meta.kind == "confirm",
         supported=summary.concurrency if _keeps_up(summary, rules) else summary.supported_concurrency,
     )
+
+
+def _warm(levels: Sequence[LevelData], rules: Rules) -> Sequence[LevelData]:
+    """Without the first level of a run where it failed and was run again: it may have been cold, which says nothing."""
+    first, *again = levels
+    if not again or first.meta.ordinal != 1 or first.meta.kind == "confirm":
+        return levels
+    return again if judge_level(first, rules, Stance.SETTLE)[1].verdict is Verdict.FAIL else levels
 
 
 def _failed_early(level: LevelData, rules: Rules) -> bool:
