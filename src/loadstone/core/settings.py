@@ -88,7 +88,7 @@ class LadderSettings:
     levels: str = DEFAULT_LEVELS
     """Concurrencies to climb through, ascending."""
     requests_per_slot: int = 10
-    """Requests for each slot of a level: one warms up, one fills at the end, the others are judged."""
+    """Requests judged for each slot at the answer, and where throughput scatters; half as many where it is steady."""
     max_level_seconds: float = 0.0
     """Longest time for one level; 0 = as long as its requests take."""
 
@@ -103,6 +103,64 @@ class OutputSettings:
     """Print one machine-readable line last on standard output."""
     quiet: bool = False
     """No progress, no tables."""
+
+
+@dataclass(frozen=True)
+class LimitSettings:
+    """What a gate allows. Each flag overrides the limits file; 0 = no bound."""
+
+    limits: str = ""
+    """The limits.toml to hold the server to; without one the cautious defaults of a chat model on a small GPU."""
+    max_concurrency: int | None = None
+    """Requests in flight at one upstream."""
+    max_queue: int | None = None
+    """Requests waiting at the gate; beyond it 503."""
+    queue_timeout_s: float | None = None
+    """Longest wait for a place."""
+    request_timeout_s: float | None = None
+    """From arrival to the last byte: queue, connect and generation together."""
+    max_output_tokens: int | None = None
+    """Clamp on max_tokens and max_completion_tokens."""
+    default_output_tokens: int | None = None
+    """Output tokens where the request names none."""
+    max_tokens_in_flight: int | None = None
+    """Prompt and output tokens admitted at once, for one upstream."""
+    requests_per_minute: int | None = None
+    """For one client."""
+    requests_per_hour: int | None = None
+    """For one client."""
+    tokens_per_minute: int | None = None
+    """For one client, prompt and output."""
+    force: bool = False
+    """Start although a limit lies above the measured line."""
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """How a gate runs."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 9000
+    """Port to listen on; 0 takes a free one."""
+    trusted_proxy: tuple[str, ...] = ()
+    """Proxy whose X-Forwarded-For is believed, an address or CIDR. Repeatable."""
+    api_key_file: str = ""
+    """Keys that may use the gate, one a line: KEY [NAME [PRIORITY]]. Quotas are then counted for each key."""
+    redis: str = ""
+    """Count quotas in this Redis, shared by several gates: redis://HOST:PORT/0."""
+    adaptive: bool = False
+    """Lower the limit while the engine is slower than it was measured, and raise it again; never above the file."""
+    affinity: bool = False
+    """Send requests that share the start of their prompt to the same upstream, for its prefix cache."""
+    access_log: str = ""
+    """Write a JSON line for each request to this file; - is standard output."""
+    max_body_mb: float = 16.0
+    """Largest request body."""
+    upstream_ca: str = ""
+    """Certificate authority of https upstreams, a PEM file; the system's where none is given."""
+    drain_timeout_s: float = 0.0
+    """After SIGTERM, longest wait for what still runs; 0 = as long as each request's own deadline."""
 
 
 def parse_levels(text: str, flag: str = "--levels") -> tuple[int, ...]:
