@@ -15,6 +15,8 @@ from loadstone.core.errors import UsageError
 
 CONFIG_FILE = "loadstone.toml"
 ENV_PREFIX = "LOADSTONE_"
+SHORT_NAMES = {"gate": {"MAX_CONCURRENT": "max-concurrency"}}
+"""Environment variables of the deployment guides that work as they stand there, by verb."""
 _NEAR = 0.75
 """From this likeness on a key is taken for a misspelt one."""
 
@@ -67,6 +69,12 @@ def from_environment() -> dict[str, str]:
     """What the environment says, by the names of flags."""
     given = {key.removeprefix(ENV_PREFIX): value for key, value in os.environ.items() if key.startswith(ENV_PREFIX)}
     return {_name(key.lower()): value for key, value in given.items()}
+
+
+def from_short_names(verb: str) -> dict[str, str]:
+    """What the environment says for ``verb`` by the names of the deployment guides, by the names of flags."""
+    names = SHORT_NAMES.get(verb, {})
+    return {flag: os.environ[name] for name, flag in names.items() if os.environ.get(name)}
 
 
 def take_config(tokens: list[str]) -> Config:

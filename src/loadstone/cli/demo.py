@@ -1,4 +1,4 @@
-"""``loadstone demo``: a real engine, a search, a report, and what to type next."""
+"""``loadstone demo``: a real engine, a search, a report, a gate that holds the line, and what to type next."""
 
 import shlex
 import sys
@@ -32,13 +32,16 @@ _INTRO = (
 
 _NEXT = """
 Now your own server:
-    loadstone find --base-url http://127.0.0.1:8000
+    loadstone find --base-url http://127.0.0.1:8000 --out runs/mine
+    loadstone gate --upstream http://127.0.0.1:8000 --limits runs/mine/limits.toml
 The report of this run again, with the table of levels:
     loadstone report {run} --text"""
 
 
 def demo(*, out: Path | None = None, command: CommandLine = "") -> int:
-    """Start a small engine on this machine, find its line, and write a report: about a minute, nothing to set up.
+    """Start a small engine on this machine, find its line, write a report, and hold it to the line under overload.
+
+    About a minute, nothing to set up.
 
     Parameters
     ----------
@@ -49,7 +52,7 @@ def demo(*, out: Path | None = None, command: CommandLine = "") -> int:
 
     from loadstone.cli.searching import Secrets, conclude, search
     from loadstone.core.errors import EXIT_INTERRUPTED
-    from loadstone.measure.runs import check_out, create_run
+    from loadstone.measure.runs import LIMITS_FILE, check_out, create_run
     from loadstone.serve.cores import available_cores, pinned_to, split_cores
     from loadstone.serve.engines.llamacpp import running_engine
     from loadstone.serve.engines.tiny_gguf import cached_model
@@ -80,14 +83,27 @@ def demo(*, out: Path | None = None, command: CommandLine = "") -> int:
             )
         )
         running.enter_context(pinned_to(generator_cores))
-        searched = search(demo_settings(base_url), lambda model: folder, Secrets(), command, quiet=False)
-    if searched.verdict is None:
-        # The engine is gone: there is nothing to resume against.
-        print(f"loadstone: interrupted; what was measured lies in {folder.path}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    status = conclude(searched, quiet=False, json=False)
+        settings = demo_settings(base_url)
+        searched = search(settings, lambda model: folder, Secrets(), command, quiet=False)
+        if searched.verdict is None:
+            # The engine is gone: there is nothing to resume against.
+            print(f"loadstone: interrupted; what was measured lies in {folder.path}", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        status = conclude(searched, quiet=False, json=False)
+        if searched.verdict.recommended_throughput_rps:
+            _hold(settings, searched.verdict.recommended_throughput_rps, folder.path / LIMITS_FILE)
     print(_NEXT.format(run=shlex.quote(str(folder.path))))
     return status
+
+
+def _hold(settings: "FindSettings", rate_rps: float, limits_path: Path) -> None:
+    """Close the loop: the limits just measured, enforced under overload."""
+    from loadstone.cli.demo_hold import hold, show
+    from loadstone.core.limits import loads
+
+    limits = loads(limits_path.read_text("utf-8"), str(limits_path)).limits
+    straight, through = hold(settings, limits_path, rate_rps)
+    show(straight, through, settings.rules.max_ttft_ms, limits.max_concurrency or 0, limits.max_queue or 0)
 
 
 def _introduce(**figures: float) -> None:

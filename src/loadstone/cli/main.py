@@ -10,7 +10,7 @@ from cyclopts.config import Dict, Env
 
 from loadstone import __version__
 from loadstone.cli.command import shown_command
-from loadstone.cli.config import CONFIG_FILE, ENV_PREFIX, Flags, from_environment, take_config
+from loadstone.cli.config import CONFIG_FILE, ENV_PREFIX, Flags, from_environment, from_short_names, take_config
 from loadstone.cli.presets import HELP as PRESET_HELP
 from loadstone.cli.presets import MeasuredRun, expand
 from loadstone.core.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, LoadstoneError
@@ -28,6 +28,8 @@ _VERBS = {
     "judge": "Judge a run again from its records, or a folder of benchmark results.",
     "report": "Write the page and the picture of a run again.",
     "compare": "Hold two runs against each other.",
+    "gate": "Hold model servers to their limits: admit, queue a little, refuse the rest at once.",
+    "watch": "Watch a gate live in the terminal.",
     "sim": "Run a simulated model server on a real port.",
 }
 
@@ -76,11 +78,12 @@ def build_app(called: str = "", settings: Mapping[str, Any] | None = None, sourc
     The verb that is ``called`` shows its whole docstring as help; the others have a line in the list of verbs.
     """
     given = Dict(dict(settings or {}), use_commands_as_keys=False, allow_unknown=True, source=source)
+    short = Dict(from_short_names(called), use_commands_as_keys=False, allow_unknown=True, source="the environment")
     app = App(
         name="loadstone",
         help=_HELP,
         version=__version__,
-        config=(Env(ENV_PREFIX, command=False, show=False), given),
+        config=(Env(ENV_PREFIX, command=False, show=False), short, given),
         default_parameter=Parameter(show_default=_shown),
         suppress_keyboard_interrupt=False,
     )

@@ -1,0 +1,192 @@
+"""Composes a gate from settings, and keeps it running: reload, drain, the line that says it is ready."""
+
+import asyncio
+import signal
+import ssl
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from loadstone.core import limits as limits_file
+from loadstone.core.errors import EXIT_OK, UsageError
+from loadstone.core.limits import Limits, LimitsFile
+from loadstone.core.settings import GateSettings, LimitSettings, check_range
+from loadstone.hold.access_log import AccessLog
+from loadstone.hold.api_keys import ApiKeys
+from loadstone.hold.clients import TrustedProxies
+from loadstone.hold.configuration import CAUTIOUS, Enforced, enforce, model_warning
+from loadstone.hold.gate import Gate, GateOptions
+from loadstone.hold.upstreams import Dialing
+from loadstone.wire.clock import MonotonicClock
+from loadstone.wire.process import raise_open_files
+
+if TYPE_CHECKING:
+    from loadstone.hold.shared_quota import SharedQuotas
+
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class GateRun:
+    """Everything that one gate is told."""
+
+    upstreams: tuple[str, ...]
+    limits: LimitSettings
+    gate: GateSettings
+    admin_key: str = ""
+    upstream_key: str = ""
+    defaults: Limits = CAUTIOUS
+    unlimited: bool = False
+
+    def enforced(self) -> Enforced:
+        """The limits in force by the file as it is now. Raises UsageError."""
+        name = self.limits.limits
+        file = _read_limits(name) if name else None
+        return enforce(file, name, self.limits, self.upstreams, datetime.now(UTC), self.defaults)
+
+    def options(self) -> GateOptions:
+        """What stays for the gate's lifetime. Raises UsageError."""
+        settings = self.gate
+        check_range("--max-body-mb", settings.max_body_mb, 0.001, 4096)
+        keys = ApiKeys.from_file(settings.api_key_file) if settings.api_key_file else None
+        authorization = f"Bearer {self.upstream_key}".encode() if self.upstream_key else None
+        return GateOptions(
+            trusted=TrustedProxies.parse(settings.trusted_proxy),
+            api_keys=keys,
+            admin_key=self.admin_key,
+            affinity=settings.affinity,
+            adaptive=settings.adaptive,
+            unlimited=self.unlimited,
+            max_body_bytes=int(settings.max_body_mb * 1024 * 1024),
+            dialing=Dialing(
+                authorization=authorization,
+                drop_authorization=keys is not None,
+                tls=_tls(settings.upstream_ca),
+            ),
+        )
+
+
+def serve_gate(run: GateRun) -> int:
+    """Run until SIGINT or SIGTERM. Raises UsageError for what cannot be used, before anything listens."""
+    enforced, options = run.enforced(), run.options()
+    access_log = AccessLog(run.gate.access_log) if run.gate.access_log else None
+    raise_open_files()
+    uvloop.run(_serve(run, enforced, options, access_log))
+    return EXIT_OK
+
+
+async def _serve(run: GateRun, enforced: Enforced, options: GateOptions, access_log: AccessLog | None) -> None:
+    loop = asyncio.get_running_loop()
+    clock = MonotonicClock(loop)
+    shared = _shared_quotas(run.gate.redis, enforced, clock) if run.gate.redis else None
+    gate = Gate(enforced, options, clock, say, access_log=access_log, shared_quotas=shared)
+    stopped, reload = asyncio.Event(), asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stopped.set)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    for warning in enforced.warnings:
+        say(warning)
+    host = run.gate.host
+    try:
+        port = await gate.start(host, run.gate.port)
+    except OSError as error:
+        await gate.stop()
+        clock.close()
+        raise UsageError(
+            f"cannot listen on {host}:{run.gate.port}: {error.strerror}; choose another --host or --port"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    print(f"loadstone: ready on http://{shown}:{port}", flush=True)
+    watching = [loop.create_task(_keep_limits(gate, run, reload)), loop.create_task(_compare_models(gate))]
+    await stopped.wait()
+    # A second signal ends at once.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(signum)
+    for task in watching:
+        task.cancel()
+    await asyncio.gather(*watching, return_exceptions=True)
+    if gate.in_flight:
+        say(f"draining: {gate.in_flight} requests run or wait")
+    await gate.drain(run.gate.drain_timeout_s or None)
+    clock.close()
+
+
+def _shared_quotas(url: str, enforced: Enforced, clock: MonotonicClock) -> "SharedQuotas":
+    # Importing Redis takes as long as everything else together, and few need it.
+    from loadstone.hold.shared_quota import SharedQuotas
+
+    return SharedQuotas(url, enforced.quotas, clock, say)
+
+
+async def _keep_limits(gate: Gate, run: GateRun, reload: asyncio.Event) -> None:
+    """Put a changed limits file in force; one that cannot be used changes nothing, and is told."""
+    path = run.limits.limits
+    seen = _stamp(path)
+    while True:
+        try:
+            async with asyncio.timeout(_LOOK_EVERY_S):
+                await reload.wait()
+        except TimeoutError:
+            if (now := _stamp(path)) == seen or now is None:
+                continue
+            seen = now
+        asked, seen = reload.is_set(), _stamp(path)
+        reload.clear()
+        try:
+            enforced = run.enforced()
+        except UsageError as error:
+            gate.warn("limits", f"the limits in force stay, the file cannot be used: {error}")
+            continue
+        gate.warn("limits", "")
+        gate.apply(enforced)
+        say(f"limits {'read again' if asked else 'changed'}: {_in_words(enforced)}")
+        for warning in enforced.warnings:
+            say(warning)
+        await _compare_models(gate)
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    """Changes whenever the file does; None where there is none to look at."""
+    try:
+        stat = Path(path).stat() if path else None
+    except OSError:
+        return None
+    return None if stat is None else (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+async def _compare_models(gate: Gate) -> None:
+    """Warn where an upstream serves another model than the limits were measured for."""
+    for server in gate.upstreams.all():
+        served = await server.models()
+        gate.warn(f"model {server.plan.url}", model_warning(gate.enforced.evidence, server.plan.url, served))
+
+
+def _in_words(enforced: Enforced) -> str:
+    each = ", ".join(f"{plan.max_concurrency or 'no bound'} at {plan.url}" for plan in enforced.upstreams)
+    return f"{each}; queue {'no bound' if enforced.limits.max_queue is None else enforced.limits.max_queue}"
+
+
+def _read_limits(name: str) -> LimitsFile:
+    try:
+        text = Path(name).read_text("utf-8")
+    except OSError as error:
+        raise UsageError(f"--limits {name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--limits {name} is not TOML: it is not UTF-8 text") from None
+    return limits_file.loads(text, name)
+
+
+def _tls(authority: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=authority or None)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"--upstream-ca {authority} cannot be used: {error}") from None
+
+
+def say(line: str) -> None:
+    """One line for whoever runs the gate."""
+    print(f"loadstone: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,150 @@
+"""From limits file, flags and defaults to what a gate enforces. Pure; every doubtful limit is refused or warned of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from loadstone.core.errors import UsageError
+from loadstone.core.limits import Evidence, Limits, LimitsFile, PerClient
+from loadstone.core.quota import QuotaSettings
+from loadstone.core.settings import LimitSettings
+from loadstone.hold.upstreams import UpstreamPlan, check_url
+
+CAUTIOUS = Limits(
+    max_concurrency=3,
+    max_queue=10,
+    request_timeout_s=120.0,
+    max_output_tokens=512,
+    default_output_tokens=100,
+    per_client=PerClient(requests_per_minute=10, requests_per_hour=100),
+)
+"""Without a limits file: an 8B chat model in INT8 on a GPU of 10 GB."""
+
+LONGEST_CHAT_QUEUE = 20
+_PER_CLIENT = ("requests_per_minute", "requests_per_hour", "tokens_per_minute")
+
+
+@dataclass(frozen=True)
+class Enforced:
+    """What a gate holds its upstreams and clients to."""
+
+    limits: Limits
+    upstreams: tuple[UpstreamPlan, ...]
+    evidence: Evidence | None
+    warnings: tuple[str, ...]
+
+    @property
+    def quotas(self) -> QuotaSettings:
+        per_client = self.limits.per_client or PerClient()
+        return QuotaSettings(per_client.requests_per_minute, per_client.requests_per_hour, per_client.tokens_per_minute)
+
+    def limits_document(self) -> dict[str, Any]:
+        """The limits in force as JSON values; null is no bound."""
+        document: dict[str, Any] = msgspec.to_builtins(self.limits)
+        return document | {"per_client": msgspec.to_builtins(self.limits.per_client or PerClient())}
+
+    def evidence_document(self) -> dict[str, Any] | None:
+        """What the limits rest on, without the curve; None where they were written by hand."""
+        if self.evidence is None:
+            return None
+        document: dict[str, Any] = msgspec.to_builtins(self.evidence)
+        document.pop("level")
+        return document
+
+
+def enforce(
+    file: LimitsFile | None,
+    name: str,
+    flags: LimitSettings,
+    urls: Sequence[str],
+    now: datetime,
+    defaults: Limits = CAUTIOUS,
+) -> Enforced:
+    """The limits in force: a flag beats the file ``name``, which beats ``defaults``; ``urls`` add to its upstreams.
+
+    Raises UsageError for a limit that makes no sense, or one above the measured line without ``--force``.
+    """
+    limits = _overridden(file.limits if file is not None else defaults, flags)
+    evidence = file.evidence if file is not None else None
+    plans = _plans(file, urls, limits, flags)
+    if not plans:
+        raise UsageError("no upstream: give --upstream http://HOST:PORT, or [[upstream]] in the limits file")
+    if evidence is not None and not flags.force:
+        _check_line(plans, evidence, name)
+    return Enforced(limits, plans, evidence, tuple(_warnings(limits, evidence, name, now)))
+
+
+def _overridden(limits: Limits, flags: LimitSettings) -> Limits:
+    changes = {
+        key: _bound(key, getattr(flags, key))
+        for key in Limits.__struct_fields__
+        if key != "per_client" and getattr(flags, key) is not None
+    }
+    per_client = limits.per_client or PerClient()
+    quotas = {key: _bound(key, getattr(flags, key)) for key in _PER_CLIENT if getattr(flags, key) is not None}
+    changed = msgspec.structs.replace(per_client, **quotas)
+    return msgspec.structs.replace(limits, **changes, per_client=changed)
+
+
+def _bound(key: str, value: float) -> float | None:
+    """0 is no bound, but a queue of 0 is none at all."""
+    flag = f"--{key.replace('_', '-')}"
+    if value < 0:
+        raise UsageError(f"{flag} {value:g} must be at least 0; 0 is no bound")
+    if key == "max_queue":
+        return value
+    return value or None
+
+
+def _plans(
+    file: LimitsFile | None, urls: Sequence[str], limits: Limits, flags: LimitSettings
+) -> tuple[UpstreamPlan, ...]:
+    plans: dict[str, UpstreamPlan] = {}
+    for upstream in file.upstreams if file is not None else ():
+        own = upstream.max_concurrency if flags.max_concurrency is None else None
+        url = upstream.url.rstrip("/")
+        plans[url] = UpstreamPlan(url, own or limits.max_concurrency, upstream.weight, limits.max_tokens_in_flight)
+    for given in urls:
+        url = given.rstrip("/")
+        plans.setdefault(url, UpstreamPlan(url, limits.max_concurrency, 1.0, limits.max_tokens_in_flight))
+    for url in plans:
+        check_url(url)
+    return tuple(plans.values())
+
+
+def _check_line(plans: Sequence[UpstreamPlan], evidence: Evidence, name: str) -> None:
+    line = evidence.measured_max_concurrency
+    for plan in plans:
+        if plan.max_concurrency is None or plan.max_concurrency > line:
+            asked = "no bound" if plan.max_concurrency is None else str(plan.max_concurrency)
+            raise UsageError(
+                f"{plan.url}: max_concurrency {asked} is above the measured line of {line} ({name}); "
+                "lower it, measure again with loadstone find, or insist with --force"
+            )
+
+
+def _warnings(limits: Limits, evidence: Evidence | None, name: str, now: datetime) -> list[str]:
+    warnings = []
+    if evidence is not None and datetime.fromisoformat(evidence.expires_at) <= now:
+        warnings.append(f"{name} expired on {evidence.expires_at[:10]}: measure again with loadstone find")
+    if evidence is not None and evidence.through_gate:
+        warnings.append(f"{name} was measured through a gate: its limits may be that gate's, not the server's")
+    chat = evidence is None or evidence.endpoint in ("chat", "completions")
+    if chat and limits.max_queue is not None and limits.max_queue > LONGEST_CHAT_QUEUE:
+        warnings.append(
+            f"a queue of {limits.max_queue} before a chat model is long: beyond {LONGEST_CHAT_QUEUE} most who wait "
+            "have given up before they are served"
+        )
+    if limits.max_queue is None:
+        warnings.append("the queue has no bound: max_queue is not set")
+    return warnings
+
+
+def model_warning(evidence: Evidence | None, url: str, served: Sequence[str]) -> str:
+    """One line where the upstream serves another model than was measured; empty where all is well, or unknown."""
+    if evidence is None or not served or evidence.model in served:
+        return ""
+    return f"the limits were measured for {evidence.model}, but {url} serves {', '.join(served[:3])}"

@@ -1,0 +1,417 @@
+"""One request through the gate, from its ticket to its outcome. Callbacks, no task of its own.
+
+Theory of operation::
+
+    QUEUED ──granted──▶ SENT ──head──▶ REPLYING ──last byte──▶ ENDED
+      │                  │ ▲               │
+      └─refused──▶ ENDED │ └─elsewhere─┐   └─broken, expired, client gone──▶ ENDED
+                         └─broken──────┘
+
+Until the first byte has reached the client a failed request goes elsewhere, with its deadline and its turn; after that
+an error is an event in the stream, then the connection closes. Whatever happens, ``_end`` runs exactly once: it gives
+the permit back, settles or refunds the quota, and counts one outcome. The client's pace is the upstream's: while the
+client does not read, the upstream is not read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from loadstone.core.admission import Refusal as Denied
+from loadstone.core.admission import State, Ticket, Want
+from loadstone.core.outcomes import Outcome
+from loadstone.core.refusals import REFUSALS, refusal_body, retry_after
+from loadstone.hold.headers import Header, reply_headers
+from loadstone.hold.permits import Permits
+from loadstone.hold.signals import Pace
+from loadstone.hold.usage import UsageReader
+from loadstone.wire.server import Response
+from loadstone.wire.upstream import Failure, Head, Stage, UpstreamCall
+
+MOST_ATTEMPTS = 3
+_ELSEWHERE = frozenset((502, 503, 504))
+_BUSY = frozenset((429, 503))
+_BROKEN = frozenset((502, 504))
+_ANSWERED = frozenset((Outcome.OK, Outcome.BAD_REQUEST))
+_JSON = (b"content-type", b"application/json")
+
+DENIED = {denied: Outcome(denied.value) for denied in Denied}
+
+
+class Upstream(Protocol):
+    """What a relay needs of the upstream that it was granted."""
+
+    pace: Pace | None
+    """Where the gaps between tokens are wanted."""
+
+    def send(self, job: "Job", sink: "Relay") -> UpstreamCall: ...
+    def good(self) -> None: ...
+    def busy(self) -> None: ...
+    def broken(self, reason: str) -> None: ...
+    def unreachable(self, reason: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Job:
+    """What goes upstream, the same at every attempt."""
+
+    method: str
+    target: bytes
+    headers: list[Header]
+    body: bytes
+    request_id: bytes
+    peer: bytes
+    forwarded: list[bytes]
+
+
+@dataclass(slots=True)
+class Finished:
+    """What became of a request, for the quota, the figures and the log."""
+
+    outcome: Outcome
+    status: int
+    upstream: str
+    admitted: bool
+    arrived_ns: int
+    granted_ns: int
+    first_ns: int
+    """When the first byte of the body came; 0 where none did."""
+    ended_ns: int
+    tokens: int | None
+    """All tokens of the request where the server counted them."""
+    output_tokens: int
+    attempts: int
+    error: str
+
+    @property
+    def paid_for(self) -> bool:
+        """It got an answer, be it in part, or its client called it off while it was worked on. A 5xx is no answer."""
+        if self.outcome is Outcome.CLIENT_GONE:
+            return self.admitted
+        return self.outcome in _ANSWERED or (self.first_ns != 0 and self.status < 400)
+
+
+class Shared(Protocol):
+    """What all relays share: the gate."""
+
+    permits: Permits
+
+    def now_ns(self) -> int: ...
+    def upstream(self, name: str) -> Upstream: ...
+    def any_up_besides(self, tried: frozenset[str]) -> bool: ...
+    def wait_hint_s(self, outcome: Outcome) -> float: ...
+
+
+class Relay:
+    """See the theory of operation above. It is the sink of its upstream call."""
+
+    __slots__ = (
+        "_arrived_ns",
+        "_attempts",
+        "_avoid",
+        "_call",
+        "_done",
+        "_ended",
+        "_error",
+        "_extra",
+        "_first_ns",
+        "_granted_ns",
+        "_open_ended",
+        "_pace",
+        "_shared",
+        "_status",
+        "_streams",
+        "_token_ns",
+        "_upstream_name",
+        "_usage",
+        "job",
+        "response",
+        "ticket",
+        "want",
+    )
+
+    def __init__(
+        self,
+        shared: Shared,
+        job: Job,
+        want: Want,
+        response: Response,
+        arrived_ns: int,
+        extra: Callable[[], list[Header]],
+        done: "Callable[[Relay, Finished], None]",
+    ) -> None:
+        self.job = job
+        self.want = want
+        self.response = response
+        self.ticket: Ticket | None = None
+        self._shared = shared
+        self._arrived_ns = arrived_ns
+        self._extra = extra
+        self._done = done
+        self._call: UpstreamCall | None = None
+        self._usage: UsageReader | None = None
+        self._avoid: frozenset[str] = frozenset()
+        self._attempts = 0
+        self._granted_ns = 0
+        self._pace: Pace | None = None
+        self._token_ns = 0
+        self._first_ns = 0
+        self._status = 0
+        self._streams = False
+        self._open_ended = False
+        """A stream without a length: there is room for one more event."""
+        self._upstream_name = ""
+        self._error = ""
+        self._ended = False
+
+    def __repr__(self) -> str:
+        state = self.ticket.state.value if self.ticket else "new"
+        return f"<Relay {self.job.method} {self.job.target.decode('latin-1')} {state} at {self._upstream_name or '-'}>"
+
+    @property
+    def arrived_ns(self) -> int:
+        return self._arrived_ns
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    @property
+    def running(self) -> bool:
+        """It holds a permit."""
+        return self.ticket is not None and self.ticket.state is State.GRANTED
+
+    # -- towards a permit
+
+    def begin(self) -> None:
+        """Ask for a place and go on as far as that leads."""
+        self.response.on_disconnect = self.client_gone
+        self.ticket = self._shared.permits.take(self.want, self._changed)
+        if self.ticket.state is not State.QUEUED:
+            self._changed(self.ticket)
+
+    def _changed(self, ticket: Ticket) -> None:
+        if ticket.state is State.GRANTED:
+            self._send(ticket)
+        elif ticket.refusal is not None:
+            self.refuse(DENIED[ticket.refusal], self._error)
+
+    def _send(self, ticket: Ticket) -> None:
+        assert ticket.upstream is not None, "a granted ticket names its upstream"
+        self._upstream_name = ticket.upstream
+        if not self._granted_ns:
+            self._granted_ns = ticket.granted_ns or self._shared.now_ns()
+        self._attempts += 1
+        upstream = self._shared.upstream(ticket.upstream)
+        self._pace = upstream.pace
+        self._call = upstream.send(self.job, self)
+
+    # -- what the upstream tells (wire.upstream.Sink)
+
+    def on_read(self, head: Head | None, data: bytes, ended: bool) -> None:
+        """A read's worth of the reply."""
+        if head is not None:
+            self._status = head.status
+            if self._moves_on(head.status):
+                return
+        if data:
+            self._note(head, data, ended)
+        if ended:
+            # First: what this client asks next finds the place free, and the reply tells of the quota as it is then.
+            self._complete()
+        response = self.response
+        if head is not None and ended and self.job.method != "HEAD":
+            response.reply(head.status, self._headers(head), data)
+        else:
+            if head is not None:
+                response.start(head.status, self._headers(head), head.length)
+            self._pass_on(data, ended)
+        if response.congested and self._call is not None:
+            response.on_drained = self._resume
+            self._call.pause()
+
+    def _resume(self) -> None:
+        # The client's pause is not the engine's.
+        self._token_ns = 0
+        if self._call is not None:
+            self._call.resume()
+
+    def _pass_on(self, data: bytes, ended: bool) -> None:
+        if data:
+            self.response.write(data)
+        if ended:
+            self.response.end()
+
+    def _note(self, head: Head | None, data: bytes, ended: bool) -> None:
+        if not self._first_ns:
+            self._first_ns = self._shared.now_ns()
+        if head is not None:
+            self._streams = _is_stream(head)
+            self._usage = UsageReader(self._streams)
+        elif self._usage is None:
+            self._usage = UsageReader(self._streams)
+        events = self._usage.feed(data)
+        if events and self._pace is not None:
+            self._count_pace(self._pace, events, ended)
+
+    def _count_pace(self, pace: Pace, events: int, ended: bool) -> None:
+        """The engine's pace, gap by gap; the last read holds what is no token, the first has no gap before it."""
+        now_ns = self._shared.now_ns()
+        if self._token_ns and not ended:
+            pace.add(now_ns - self._token_ns, events)
+        self._token_ns = now_ns
+
+    def _headers(self, head: Head) -> list[Header]:
+        self._streams = _is_stream(head)
+        self._open_ended = self._streams and head.length is None
+        extra = self._extra()
+        if head.status in _BUSY:
+            extra.append((b"x-loadstone-reason", b"upstream_busy"))
+            if not any(name == b"retry-after" for name, _ in head.headers):
+                extra.append((b"retry-after", retry_after(self._shared.wait_hint_s(Outcome.UPSTREAM_ERROR))))
+        return reply_headers(head.headers, request_id=self.job.request_id, streams=self._streams, extra=extra)
+
+    def _complete(self) -> None:
+        upstream = self._shared.upstream(self._upstream_name)
+        if self._status in _BUSY:
+            upstream.busy()
+        elif self._status in _BROKEN:
+            upstream.broken(f"it answered {self._status}")
+        else:
+            upstream.good()
+        self._end(_outcome_of(self._status))
+
+    def _moves_on(self, status: int) -> bool:
+        """A gateway's error, or a full server: the reply is dropped where another upstream may do better."""
+        if status not in _ELSEWHERE or self._attempts >= MOST_ATTEMPTS or not self._another():
+            return False
+        upstream = self._shared.upstream(self._upstream_name)
+        if status in _BUSY:
+            upstream.busy()
+        else:
+            upstream.broken(f"it answered {status}")
+        if self._call is not None:
+            self._call.cancel()
+        self._error = f"{self._upstream_name} answered {status}"
+        self._move()
+        return True
+
+    def _another(self) -> bool:
+        tried = self._avoid | {self._upstream_name}
+        return self._shared.any_up_besides(tried)
+
+    def on_failed(self, failure: Failure) -> None:
+        """The upstream could not be reached, or its reply ended before its end."""
+        self._call = None
+        self._error = failure.reason
+        upstream = self._shared.upstream(self._upstream_name)
+        # Before the upstream is marked down, so that this request is not among those that it refuses.
+        if failure.stage is Stage.CONNECT:
+            upstream.unreachable(failure.reason)
+        else:
+            upstream.broken(failure.reason)
+        if self._ended:
+            return
+        if self.response.started:
+            self._break_off(Outcome.UPSTREAM_ERROR, failure.reason)
+        elif failure.stage is not Stage.REPLY and self._attempts < MOST_ATTEMPTS and self._another():
+            self._move()
+        else:
+            unreachable = failure.stage is Stage.CONNECT
+            self.refuse(Outcome.NO_UPSTREAM if unreachable else Outcome.UPSTREAM_ERROR, failure.reason)
+
+    def _move(self) -> None:
+        assert self.ticket is not None, "only a granted request can move"
+        self._call = None
+        self._status = 0
+        self._avoid |= {self._upstream_name}
+        self._shared.permits.move(self.ticket, self._avoid, self._changed)
+        if self.ticket.state is not State.QUEUED:
+            self._changed(self.ticket)
+
+    # -- ends
+
+    def client_gone(self) -> None:
+        """The client has left: its place is free, and the upstream stops."""
+        self._cut()
+        self._end(Outcome.CLIENT_GONE)
+
+    def expire(self) -> None:
+        """Its time is up while it runs."""
+        self._cut()
+        if self.response.started:
+            self._break_off(Outcome.REQUEST_TIMEOUT, "its time is up")
+        else:
+            self.refuse(Outcome.REQUEST_TIMEOUT)
+
+    def _cut(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+
+    def refuse(self, outcome: Outcome, detail: str = "", param: str | None = None, wait_s: float | None = None) -> None:
+        """Answer with an error of the gate's own; nothing of a reply has gone out."""
+        refusal = REFUSALS[outcome]
+        self._status = refusal.status
+        self._error = self._error or detail
+        self._end(outcome)
+        headers = [_JSON, (b"x-request-id", self.job.request_id), *self._extra()]
+        if refusal.status in (429, 503):
+            hint_s = self._shared.wait_hint_s(outcome) if wait_s is None else wait_s
+            headers.append((b"retry-after", retry_after(hint_s)))
+        headers.append((b"x-loadstone-reason", outcome.value.encode()))
+        if outcome is Outcome.UNAUTHORIZED:
+            headers.append((b"www-authenticate", b"Bearer"))
+        if refusal.status in (400, 401):
+            self.response.close_after = True
+        self.response.reply(refusal.status, headers, refusal_body(outcome, detail, param))
+
+    def _break_off(self, outcome: Outcome, reason: str) -> None:
+        """The reply has begun: an event says why it ends; the connection closes, so that no one takes it for whole."""
+        if self._open_ended:
+            apart = b"\n\n" if self._usage is not None and self._usage.within_event else b""
+            self.response.write(b"%bdata: %b\n\n" % (apart, refusal_body(outcome, reason)))
+        self._end(outcome)
+        self.response.fail()
+
+    def _end(self, outcome: Outcome) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self.response.on_disconnect = None
+        self.response.on_drained = None
+        tokens, output_tokens = self._usage.tokens() if self._usage is not None else (None, 0)
+        ticket = self.ticket
+        admitted = self._granted_ns != 0
+        if ticket is not None:
+            if ticket.state is State.GRANTED:
+                self._shared.permits.release(ticket, tokens)
+            elif ticket.state is State.QUEUED:
+                self._shared.permits.cancel(ticket)
+        now_ns = self._shared.now_ns()
+        finished = Finished(
+            outcome,
+            self._status,
+            self._upstream_name,
+            admitted,
+            self._arrived_ns,
+            self._granted_ns,
+            self._first_ns,
+            now_ns,
+            tokens,
+            output_tokens,
+            self._attempts,
+            self._error,
+        )
+        self._call = None
+        self._done(self, finished)
+
+
+def _is_stream(head: Head) -> bool:
+    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in head.headers)
+
+
+def _outcome_of(status: int) -> Outcome:
+    if status < 400:
+        return Outcome.OK
+    return Outcome.UPSTREAM_ERROR if status >= 500 or status == 429 else Outcome.BAD_REQUEST

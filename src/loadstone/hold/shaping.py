@@ -1,0 +1,123 @@
+"""What a request asks for: its cost in tokens, and its output held to the limits.
+
+The body is forwarded byte for byte where nothing was changed. Prompt tokens are estimated, four bytes of JSON for one
+(Chinese: three bytes a character, some 0.7 tokens); ``usage`` in the reply settles the account.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+
+from loadstone.core.limits import Limits
+from loadstone.core.refusals import BadAskError
+
+_BYTES_PER_TOKEN = 4
+_AFFINITY_BYTES = 1024
+_GENERATES = ("/chat/completions", "/completions", "/responses")
+_JSON_ONLY = (*_GENERATES, "/embeddings", "/rerank", "/score", "/embed_text")
+_OUTPUT_KEYS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0)]
+_Choices = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+
+
+class _Ask(msgspec.Struct):
+    """The few keys that cost something; everything else is skipped by the parser."""
+
+    max_tokens: _Tokens | None = None
+    max_completion_tokens: _Tokens | None = None
+    max_output_tokens: _Tokens | None = None
+    n_predict: _Tokens | None = None
+    min_tokens: _Tokens | None = None
+    n: _Choices | None = None
+    best_of: _Choices | None = None
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+
+
+@dataclass(frozen=True, slots=True)
+class Shaped:
+    """A request as it goes upstream."""
+
+    body: bytes
+    tokens: int
+    """Prompt, estimated, and the most output that it may generate."""
+    affinity: int | None = None
+    """Hash of the start of the prompt: requests that share it may share an upstream's prefix cache."""
+
+
+_decode = msgspec.json.Decoder(_Ask).decode
+
+
+def shape(path: str, content_type: bytes | None, body: bytes, limits: Limits) -> Shaped:
+    """Read and bound one request. Raises BadAskError for JSON that is none, or asks for impossible amounts."""
+    if not path.endswith(_JSON_ONLY):
+        return Shaped(body, _prompt_tokens(body))
+    if content_type is not None and b"json" not in content_type.lower():
+        kind = content_type.decode("latin-1")
+        raise BadAskError(f"Content-Type is {kind!r}; send the JSON as application/json")
+    try:
+        ask = _decode(body)
+        if not path.endswith(_GENERATES):
+            return Shaped(body, _prompt_tokens(body))
+        # What the parser skipped above may turn out to be no JSON when all of it is read.
+        return _generation(path, ask, body, limits)
+    except msgspec.ValidationError as error:
+        raise _wrong_value(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadAskError(f"the body is not a JSON object: {error}") from None
+
+
+def _wrong_value(message: str) -> BadAskError:
+    """The parser's words, ``Expected `int` >= 0 - at `$.max_tokens```, with the key in front."""
+    what, _, where = message.partition(" - at `$.")
+    key = where.rstrip("`")
+    if not key:
+        return BadAskError(f"the body is not a JSON object: {what}")
+    return BadAskError(f"{key}: {what.replace('`', '')}", key)
+
+
+def _generation(path: str, ask: _Ask, body: bytes, limits: Limits) -> Shaped:
+    asked = (ask.max_tokens, ask.max_completion_tokens, ask.max_output_tokens, ask.n_predict)
+    highest = -1
+    for value in asked:
+        if value is not None and value > highest:
+            highest = value
+    most = limits.max_output_tokens
+    changes: dict[str, int] = {}
+    if highest < 0:
+        default = limits.default_output_tokens or most
+        if default is not None:
+            highest = default if most is None else min(default, most)
+            changes["max_output_tokens" if path.endswith("/responses") else "max_tokens"] = highest
+    elif most is not None and highest > most:
+        highest = most
+        changes = {
+            key: most for key, value in zip(_OUTPUT_KEYS, asked, strict=True) if value is not None and value > most
+        }
+    if changes:
+        if ask.min_tokens is not None and ask.min_tokens > highest:
+            changes["min_tokens"] = highest
+        body_sent = msgspec.json.encode(msgspec.json.decode(body) | changes)
+    else:
+        body_sent = body
+    replies = (ask.n or 1) if ask.best_of is None else max(ask.n or 1, ask.best_of)
+    prompt = bytes(ask.prompt)
+    if prompt.startswith(b"["):
+        replies *= _prompts(prompt)
+    prefix = (bytes(ask.messages) or prompt)[:_AFFINITY_BYTES]
+    tokens = _prompt_tokens(body) + max(highest, 0) * replies
+    return Shaped(body_sent, tokens, zlib.crc32(prefix) if prefix else None)
+
+
+def _prompts(prompt: bytes) -> int:
+    """How many prompts a list holds: one where it is the token ids of one, else its texts or lists of token ids."""
+    parts: Sequence[Any] = msgspec.json.decode(prompt)
+    return max(1, sum(1 for part in parts if not isinstance(part, int)))
+
+
+def _prompt_tokens(body: bytes) -> int:
+    return -(-len(body) // _BYTES_PER_TOKEN)
