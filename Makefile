@@ -40,4 +40,5 @@ $(READY): requirements.lock pyproject.toml
 clean:
 	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+include services.mk
 include vllm.mk

@@ -1,4 +1,4 @@
-"""``bench`` and ``find`` against real vLLM on the CPU: run by ``make test-vllm``, which makes its environment.
+"""``bench``, ``find`` and ``gate`` with real vLLM on the CPU: run by ``make test-vllm``, which makes its environment.
 
 The file is not named ``test_…``, so that ``make test`` leaves it alone.
 """
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from loadstone.core.verdict import LevelKind, RunVerdict, Verdict
 from loadstone.serve.child import running_child
 from loadstone.serve.cores import available_cores, pinned_to, split_cores
+from processes import CHAT, NO_QUOTAS, chat, engine_figure, fetch, gate_before, open_reply, until
 
 HERE = Path(__file__).parent
 PYTHON = HERE.parents[1] / ".venv-vllm" / "bin" / "python"
@@ -99,6 +101,37 @@ def test_find_leaves_a_verdict_limits_and_every_level(endpoint: str, base_url: s
     assert len(results) == len(verdict.levels)
     assert results[0]["total_input_tokens"] == results[0]["completed"] * INPUT_TOKENS
     assert results[0]["total_output_tokens"] == results[0]["completed"] * OUTPUT_TOKENS
+
+
+def test_the_gate_holds_it_to_two_at_once_and_a_client_that_leaves_frees_it(base_url: str) -> None:
+    def body(tokens: int) -> dict[str, Any]:
+        options = {"include_usage": True}
+        return chat(tokens, model=MODEL, ignore_eos=True, stream=True, stream_options=options)
+
+    def in_engine() -> float:
+        return engine_figure(base_url, "vllm:num_requests_running", "vllm:num_requests_waiting")
+
+    limits = ("--max-concurrency", 2, "--max-queue", 8, "--max-output-tokens", 0)
+    with gate_before(base_url, options=(*NO_QUOTAS, *limits)) as gate, ThreadPoolExecutor(8) as clients:
+        with open_reply(gate.url, CHAT, body(900)) as leaving:
+            assert leaving.readline().startswith(b"data: ")
+            until(lambda: in_engine() == 1)
+            assert gate.stats()["in_flight"] == 1
+        until(lambda: gate.outcomes() == {"client_gone": 1})
+        until(lambda: in_engine() == 0)
+
+        replies = [clients.submit(fetch, gate.url, CHAT, body(OUTPUT_TOKENS)) for _ in range(8)]
+        most = 0.0
+        while not all(reply.done() for reply in replies):
+            most = max(most, in_engine())
+        assert most == 2
+        for reply in replies:
+            events = reply.result().body.decode().split("\n\n")
+            assert events[-2:] == ["data: [DONE]", ""]
+            usage = json.loads(events[-3].removeprefix("data: "))["usage"]
+            assert usage["completion_tokens"] == OUTPUT_TOKENS
+        assert gate.outcomes() == {"client_gone": 1, "ok": 8}
+        assert gate.stats()["upstreams"][0]["output_tokens"] >= 8 * OUTPUT_TOKENS
 
 
 def _loadstone(*words: object) -> str:
