@@ -57,21 +57,21 @@ class Window:
 
 async def short(port: int, connections: int, seconds: int) -> Figures:
     """Closed loop of short JSON replies; every exchange is kept."""
-    async with _Client(port) as target:
+    async with Client(port) as target:
         request = Request(path="/short", body=BODY, index=0)
         window = Window(0.3, seconds)
-        exchanges = await _run(target, request, connections, seconds, spread_s=0.0)
+        exchanges = await closed_loop(target, request, connections, seconds, spread_s=0.0)
         figures = window.figures([exchange.end_ns for exchange in exchanges])
         return figures | {"failed": sum(exchange.status != 200 for exchange in exchanges)}
 
 
 async def stream(port: int, streams: int, chunks: int, period_us: int, seconds: int) -> Figures:
     """``streams`` slots opened over a second, refilled until ``seconds`` have passed; errors by the mock's stamps."""
-    async with _Client(port) as target:
-        await _run(target, Request(path="/short", body=BODY, index=0), streams, 0.0, spread_s=0.0)
+    async with Client(port) as target:
+        await closed_loop(target, Request(path="/short", body=BODY, index=0), streams, 0.0, spread_s=0.0)
         request = Request(path=f"/stream/{chunks}/{period_us}", body=BODY, index=0)
         window = Window(1.2, seconds)
-        exchanges = await _run(target, request, streams, seconds, spread_s=1.0)
+        exchanges = await closed_loop(target, request, streams, seconds, spread_s=1.0)
         figures = {
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "failed": sum(exchange.status != 200 or exchange.broken is not None for exchange in exchanges),
@@ -144,15 +144,16 @@ def _is_json(data: str) -> bool:
     return True
 
 
-class _Client:
+class Client:
     """The measuring client with its clock, for one ``async with``."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, timeout_s: float = 600) -> None:
         self._port = port
+        self._timeout_s = timeout_s
 
     async def __aenter__(self) -> HttpTarget:
         self._clock = MonotonicClock(asyncio.get_running_loop())
-        self._target = await connect_target(f"http://127.0.0.1:{self._port}", self._clock, timeout_s=600)
+        self._target = await connect_target(f"http://127.0.0.1:{self._port}", self._clock, timeout_s=self._timeout_s)
         return self._target
 
     async def __aexit__(self, *_: object) -> None:
@@ -160,7 +161,9 @@ class _Client:
         self._clock.close()
 
 
-async def _run(target: HttpTarget, request: Request, slots: int, seconds: float, spread_s: float) -> list[Exchange]:
+async def closed_loop(
+    target: HttpTarget, request: Request, slots: int, seconds: float, spread_s: float
+) -> list[Exchange]:
     """A closed loop driven by callbacks, as the generator's: a reply sends the slot's next request in the same turn."""
     loop = asyncio.get_running_loop()
     clock = MonotonicClock(loop)

@@ -2,10 +2,12 @@
  *
  *   GET|POST /short                 one JSON reply of 300 bytes
  *   POST /stream/<chunks>/<us>      <chunks> server-sent events, one each <us> microseconds (at least 1)
+ *   POST /v1/chat/completions       as /short, and with ?chunks=<chunks>&us=<us> as /stream
  *
  * Every event carries "rx", the kernel's receive stamp of the request, and "tx", the clock just before its own write,
  * both in CLOCK_MONOTONIC nanoseconds. Single thread, epoll, one FIFO of due times (one period at a time keeps it sorted).
  * It polls its core without ever sleeping: were it to sleep, each client would pay for waking it, a faster one less often.
+ * With the argument "sleep" it sleeps while it has nothing to do, so that a load generator can share its core.
  * GET /busy tells how many nanoseconds of work it has done, from which its ceiling follows. Prints its port, serves until
  * it is killed.
  */
@@ -14,10 +16,12 @@
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -119,7 +123,8 @@ static int send_due(void) {
 static void answer(int fd, const char *head) {
     struct conn *c = conns[fd];
     const char *path = strchr(head, ' ');
-    if (path && sscanf(path, " /stream/%ld/%ld", &c->chunks_left, &c->period_ns) == 2) {
+    if (path && (sscanf(path, " /stream/%ld/%ld", &c->chunks_left, &c->period_ns) == 2 ||
+                 sscanf(path, " /v1/chat/completions?chunks=%ld&us=%ld", &c->chunks_left, &c->period_ns) == 2)) {
         c->period_ns *= 1000;
         c->due_ns = clock_ns(CLOCK_MONOTONIC) + c->period_ns;
         if (!put(fd, STREAM_HEAD, sizeof STREAM_HEAD - 1)) return;
@@ -212,7 +217,21 @@ static void prepare(void) {
                          "Content-Length: %d\r\n\r\n%s", len, body);
 }
 
-int main(void) {
+/* Until there is something to do, or, where it must not sleep, at once. */
+static int wait_for(struct epoll_event *events, int sleeps) {
+    struct timespec left = {0, 0};
+    int due = queue_len ? queue[queue_head] : 0;
+    if (sleeps && queue_len && due >= 0) {
+        long ns = conns[due]->due_ns - clock_ns(CLOCK_MONOTONIC);
+        if (ns > 0) left = (struct timespec){ns / 1000000000L, ns % 1000000000L};
+    }
+    return epoll_pwait2(epoll_fd, events, EVENTS, sleeps && !queue_len ? NULL : &left, NULL);
+}
+
+int main(int argc, char **argv) {
+    int sleeps = argc > 1 && strcmp(argv[1], "sleep") == 0;
+    prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* it never outlives the bench */
+    prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
     prepare();
     epoll_fd = epoll_create1(0);
     int listener = listen_on_a_free_port();
@@ -221,7 +240,8 @@ int main(void) {
     static struct epoll_event events[EVENTS];
     for (;;) {
         long start = clock_ns(CLOCK_MONOTONIC);
-        int n = epoll_wait(epoll_fd, events, EVENTS, 0);
+        int n = wait_for(events, sleeps);
+        if (sleeps) start = clock_ns(CLOCK_MONOTONIC);
         for (int i = 0; i < n; i++) {
             int fd = events[i].data.fd;
             if (fd == listener) on_connection(fd);

@@ -30,12 +30,16 @@ class Mock:
 
 
 @contextmanager
-def running_mock(core: int) -> Iterator[Mock]:
-    """Compile ``mock.c`` with gcc and serve on a free port of 127.0.0.1 until the block ends."""
+def running_mock(core: int, *, sleeps: bool = False) -> Iterator[Mock]:
+    """Compile ``mock.c`` with gcc and serve on a free port of 127.0.0.1 until the block ends.
+
+    ``sleeps`` leaves the core to others while there is nothing to do.
+    """
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "mock")
         subprocess.run(["gcc", "-O2", "-o", binary, Path(__file__).with_name("mock.c")], check=True)
-        with subprocess.Popen(["taskset", "-c", str(core), binary], stdout=subprocess.PIPE, text=True) as server:
+        command = ["taskset", "-c", str(core), str(binary), *(["sleep"] if sleeps else [])]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             try:
                 assert server.stdout is not None
                 mock = Mock(port=int(server.stdout.readline()))
