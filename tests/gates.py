@@ -16,7 +16,8 @@ from loadstone.core.limits import Limits, LimitsFile, Upstream
 from loadstone.core.settings import LimitSettings
 from loadstone.hold.access_log import AccessLog
 from loadstone.hold.configuration import Enforced, enforce
-from loadstone.hold.gate import Gate, GateOptions
+from loadstone.hold.gate import Gate
+from loadstone.hold.options import GateOptions
 from loadstone.wire.clock import MonotonicClock
 from loadstone.wire.server import HttpServer, IncomingRequest, Response
 
@@ -160,6 +161,10 @@ class Server:
     def connections(self) -> int:
         return 0 if self._http is None else len(self._http.connections)
 
+    @property
+    def up(self) -> bool:
+        return self._http is not None
+
     async def start(self) -> None:
         """Listen, where it did before if it has been stopped."""
         self._http = HttpServer(self._handle, max_body_bytes=1 << 28)
@@ -301,8 +306,9 @@ class Client:
         self._writer.close()
 
     def reset(self) -> None:
-        own: socket.socket = self._writer.get_extra_info("socket")
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        own: socket.socket | None = self._writer.get_extra_info("socket")
+        if own is not None:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._writer.transport.abort()
 
 

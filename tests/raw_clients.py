@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -65,7 +67,9 @@ class RawClient:
 
     def reset(self) -> None:
         """Leave so that the other side sees an error."""
-        self.writer.transport.get_extra_info("socket").setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")
+        self.writer.transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
         self.writer.transport.abort()
 
 
@@ -85,6 +89,3 @@ async def exchange(port: int, data: bytes, *, piece: int = 0) -> bytes:
     async with connected(port) as client:
         await client.send(data, piece=piece)
         return await client.rest()
-
-
-Talk = Callable[[int], Awaitable[None]]

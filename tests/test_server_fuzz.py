@@ -287,3 +287,17 @@ def test_a_connection_answers_in_order_whatever_happens(script: list[bytes | str
         play.transport.release()
 
     asyncio.run(main())
+
+
+def test_a_connection_announced_while_the_server_stops_is_closed() -> None:
+    async def main() -> None:
+        server = HttpServer(lambda _request, _response: None)
+        await server.start("127.0.0.1", 0)
+        await server.stop()
+        connection, transport = ServerConnection(server, asyncio.get_running_loop()), FakeTransport()
+        connection.connection_made(transport)
+        assert transport.closed
+        connection.connection_lost(None)
+        transport.release()
+
+    asyncio.run(main())

@@ -18,7 +18,8 @@ from loadstone.core.settings import LimitSettings
 from loadstone.core.stats import quantile
 from loadstone.core.target import Break, Exchange
 from loadstone.hold.configuration import Enforced, enforce
-from loadstone.hold.gate import Gate, GateOptions
+from loadstone.hold.gate import Gate
+from loadstone.hold.options import GateOptions
 from loadstone.measure.arrivals import Arrivals, offsets_ns
 from loadstone.measure.find import FindSettings, Ready, make_ready
 from loadstone.measure.generator import play

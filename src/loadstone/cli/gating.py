@@ -19,7 +19,8 @@ from loadstone.hold.access_log import AccessLog
 from loadstone.hold.api_keys import ApiKeys
 from loadstone.hold.clients import TrustedProxies
 from loadstone.hold.configuration import CAUTIOUS, Enforced, enforce, model_warning
-from loadstone.hold.gate import Gate, GateOptions
+from loadstone.hold.gate import Gate
+from loadstone.hold.options import GateOptions
 from loadstone.hold.upstreams import Dialing
 from loadstone.wire.clock import MonotonicClock
 from loadstone.wire.process import raise_open_files

@@ -8,6 +8,7 @@ from typing import IO
 import msgspec
 
 from loadstone.core.errors import UsageError
+from loadstone.hold.accounts import Account
 from loadstone.hold.relay import Finished, Relay
 
 _encode = msgspec.json.Encoder().encode
@@ -29,15 +30,15 @@ class AccessLog:
     def __repr__(self) -> str:
         return f"<AccessLog {self._path}>"
 
-    def write(self, relay: Relay, client: str, address: str, finished: Finished) -> None:
+    def write(self, relay: Relay, account: Account, finished: Finished) -> None:
         """One line. Times in seconds."""
-        since_ns = finished.arrived_ns
+        since_ns = relay.arrived_ns
         job = relay.job
         line = {
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "id": job.request_id.decode("ascii", "replace"),
-            "client": client,
-            "address": address,
+            "client": account.client,
+            "address": account.address,
             "method": job.method,
             "path": job.target.partition(b"?")[0].decode("latin-1"),
             "outcome": finished.outcome.value,

@@ -34,6 +34,8 @@ def refusal_reply(outcome: Outcome, wait_s: float, detail: str = "", param: str 
     status = REFUSALS[outcome].status
     hint = [(b"retry-after", retry_after(wait_s))] if status in _WITH_HINT else []
     headers = [_JSON, *hint, (_REASON, outcome.value.encode())]
+    if outcome is Outcome.UNAUTHORIZED:
+        headers.append((b"www-authenticate", b"Bearer"))
     return Reply(status, headers, refusal_body(outcome, detail, param))
 
 
@@ -43,10 +45,16 @@ def too_large_reply(max_body_bytes: int) -> Reply:
     return Reply(_TOO_LARGE, [_JSON, (_REASON, Outcome.BAD_REQUEST.value.encode())], body)
 
 
-def wait_hint_s(measured_s: float | None, limits: Limits) -> float:
-    """When to come back: by the measured drain rate; before there is one, the shortest bound that applies."""
+def wait_hint_s(measured_s: float | None, limits: Limits, throughput_rps: float | None = None) -> float:
+    """When to come back: by the measured drain rate.
+
+    Before there is one, once through the queue at the throughput that the limits rest on; without that the shortest
+    bound that applies.
+    """
     if measured_s is not None:
         return measured_s
+    if throughput_rps:
+        return (1 + (limits.max_queue or 0)) / throughput_rps
     bounds = [bound for bound in (limits.queue_timeout_s, limits.request_timeout_s) if bound is not None]
     return min(bounds, default=_UNKNOWN_WAIT_S)
 

@@ -42,6 +42,8 @@ _OURS = frozenset(
 )
 _NOT_FORWARDED = _HOP_BY_HOP | _OURS
 _NOT_RETURNED = frozenset((b"server", b"x-request-id", b"x-accel-buffering", b"via", b"x-loadstone-reason"))
+_PLAIN_CONNECTION = frozenset((b"keep-alive", b"close"))
+_KEYS = frozenset((b"authorization", b"x-api-key"))
 _MOST_REQUEST_ID = 128
 
 
@@ -70,6 +72,15 @@ def request_id(given: bytes | None, fresh: bytes) -> bytes:
     return given if given.translate(None, b"-_.:").isalnum() else fresh
 
 
+def _of_all_hops(headers: list[Header]) -> list[Header]:
+    """Without what ``Connection`` names."""
+    for name, value in headers:
+        if name == b"connection" and value.lower() not in _PLAIN_CONNECTION:
+            named = connection_names(headers)
+            return [header for header in headers if header[0] not in named]
+    return headers
+
+
 def upstream_head(
     method: str,
     target: bytes,
@@ -88,10 +99,10 @@ def upstream_head(
     ``forwarded``: the values of X-Forwarded-For that came from a trusted proxy, empty where the peer is none.
     ``authorization`` replaces the client's; ``drop_authorization`` hides a key that is the gate's own.
     """
-    named = connection_names(headers) if any(name == b"connection" for name, _ in headers) else frozenset[bytes]()
+    hides_keys = drop_authorization or authorization is not None
     lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode("ascii"), target, netloc)]
     host, proto, via = b"", b"http", VIA
-    for name, value in headers:
+    for name, value in _of_all_hops(headers):
         if name in _NOT_FORWARDED:
             if name == b"host":
                 host = value
@@ -100,7 +111,7 @@ def upstream_head(
             elif name == b"x-forwarded-proto" and forwarded and value in (b"http", b"https"):
                 proto = value
             continue
-        if name in named or (name in (b"authorization", b"x-api-key") and (drop_authorization or authorization)):
+        if hides_keys and name in _KEYS:
             continue
         lines.append(b"%b: %b\r\n" % (name, value))
     if authorization:
@@ -117,9 +128,8 @@ def upstream_head(
 
 def reply_headers(headers: list[Header], *, request_id: bytes, streams: bool, extra: Iterable[Header]) -> list[Header]:
     """The upstream's headers (its hop-by-hop ones already removed) as the client gets them."""
-    extra = list(extra)
-    ours = _NOT_RETURNED.union(name for name, _ in extra) if extra else _NOT_RETURNED
-    kept = [header for header in headers if header[0] not in ours]
+    ours = dict(extra)
+    kept = [header for header in headers if header[0] not in _NOT_RETURNED and header[0] not in ours]
     kept.append((b"via", VIA))
     kept.append((b"x-request-id", request_id))
     if streams:

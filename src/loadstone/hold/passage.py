@@ -167,7 +167,7 @@ class Passage:
         if not admin:
             taken = service.quotas.reserve(self._client, tokens, service.clock.now_ns())
             if isinstance(taken, Exceeded):
-                detail = f"{taken.limit} {taken.what} a {taken.window} are allowed"
+                detail = f"at most {taken.limit} {taken.what} per {taken.window}"
                 reply = refusal_reply(Outcome.RATE_LIMITED, taken.retry_after_s, detail)
                 raise _RefusalError(Outcome.RATE_LIMITED, reply)
             self._reservation = taken

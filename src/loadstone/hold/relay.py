@@ -14,13 +14,15 @@ client does not read, the upstream is not read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
-from loadstone.core.admission import Refusal as Denied
+import msgspec
+
 from loadstone.core.admission import State, Ticket, Want
 from loadstone.core.outcomes import Outcome
-from loadstone.core.refusals import REFUSALS, refusal_body, retry_after
+from loadstone.core.refusals import refusal_body, retry_after
+from loadstone.hold.accounts import Account
+from loadstone.hold.endings import DENIED, outcome_of, refusal_reply
 from loadstone.hold.headers import Header, reply_headers
 from loadstone.hold.permits import Permits
 from loadstone.hold.signals import Pace
@@ -33,9 +35,9 @@ _ELSEWHERE = frozenset((502, 503, 504))
 _BUSY = frozenset((429, 503))
 _BROKEN = frozenset((502, 504))
 _ANSWERED = frozenset((Outcome.OK, Outcome.BAD_REQUEST))
-_JSON = (b"content-type", b"application/json")
-
-DENIED = {denied: Outcome(denied.value) for denied in Denied}
+_CLOSING = frozenset((400, 401))
+# An enumeration's members are slow to read in Python 3.11, and these are read for every request.
+_QUEUED, _GRANTED = State.QUEUED, State.GRANTED
 
 
 class Upstream(Protocol):
@@ -51,8 +53,7 @@ class Upstream(Protocol):
     def unreachable(self, reason: str) -> None: ...
 
 
-@dataclass(slots=True)
-class Job:
+class Job(msgspec.Struct, gc=False):
     """What goes upstream, the same at every attempt."""
 
     method: str
@@ -64,16 +65,14 @@ class Job:
     forwarded: list[bytes]
 
 
-@dataclass(slots=True)
-class Finished:
+class Finished(msgspec.Struct, gc=False):
     """What became of a request, for the quota, the figures and the log."""
 
     outcome: Outcome
     status: int
     upstream: str
-    admitted: bool
-    arrived_ns: int
     granted_ns: int
+    """When it got its first permit; 0 where it got none."""
     first_ns: int
     """When the first byte of the body came; 0 where none did."""
     ended_ns: int
@@ -87,33 +86,33 @@ class Finished:
     def paid_for(self) -> bool:
         """It got an answer, be it in part, or its client called it off while it was worked on. A 5xx is no answer."""
         if self.outcome is Outcome.CLIENT_GONE:
-            return self.admitted
+            return self.granted_ns != 0
         return self.outcome in _ANSWERED or (self.first_ns != 0 and self.status < 400)
 
 
 class Shared(Protocol):
     """What all relays share: the gate."""
 
-    permits: Permits
-
-    def now_ns(self) -> int: ...
-    def upstream(self, name: str) -> Upstream: ...
+    @property
+    def permits(self) -> Permits: ...
+    @property
+    def now_ns(self) -> Callable[[], int]: ...
+    @property
+    def upstream(self) -> Callable[[str], Upstream]: ...
     def any_up_besides(self, tried: frozenset[str]) -> bool: ...
     def wait_hint_s(self, outcome: Outcome) -> float: ...
+    def standing_headers(self, account: Account) -> list[Header]: ...
+    def finished(self, relay: "Relay", finished: Finished) -> None: ...
 
 
 class Relay:
     """See the theory of operation above. It is the sink of its upstream call."""
 
     __slots__ = (
-        "_arrived_ns",
         "_attempts",
         "_avoid",
         "_call",
-        "_done",
-        "_ended",
         "_error",
-        "_extra",
         "_first_ns",
         "_granted_ns",
         "_open_ended",
@@ -122,32 +121,36 @@ class Relay:
         "_status",
         "_streams",
         "_token_ns",
+        "_upstream",
         "_upstream_name",
         "_usage",
+        "account",
+        "arrived_ns",
+        "deadline_ns",
+        "ended",
         "job",
         "response",
         "ticket",
-        "want",
     )
 
     def __init__(
         self,
         shared: Shared,
         job: Job,
-        want: Want,
+        account: Account,
         response: Response,
         arrived_ns: int,
-        extra: Callable[[], list[Header]],
-        done: "Callable[[Relay, Finished], None]",
+        deadline_ns: int,
     ) -> None:
         self.job = job
-        self.want = want
+        self.account = account
         self.response = response
+        self.arrived_ns = arrived_ns
+        self.deadline_ns = deadline_ns
         self.ticket: Ticket | None = None
+        self.ended = False
         self._shared = shared
-        self._arrived_ns = arrived_ns
-        self._extra = extra
-        self._done = done
+        self._upstream: Upstream | None = None
         self._call: UpstreamCall | None = None
         self._usage: UsageReader | None = None
         self._avoid: frozenset[str] = frozenset()
@@ -162,47 +165,39 @@ class Relay:
         """A stream without a length: there is room for one more event."""
         self._upstream_name = ""
         self._error = ""
-        self._ended = False
 
     def __repr__(self) -> str:
         state = self.ticket.state.value if self.ticket else "new"
         return f"<Relay {self.job.method} {self.job.target.decode('latin-1')} {state} at {self._upstream_name or '-'}>"
 
     @property
-    def arrived_ns(self) -> int:
-        return self._arrived_ns
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
-
-    @property
     def running(self) -> bool:
         """It holds a permit."""
-        return self.ticket is not None and self.ticket.state is State.GRANTED
+        return self.ticket is not None and self.ticket.state is _GRANTED
 
     # -- towards a permit
 
-    def begin(self) -> None:
+    def begin(self, want: Want) -> None:
         """Ask for a place and go on as far as that leads."""
         self.response.on_disconnect = self.client_gone
-        self.ticket = self._shared.permits.take(self.want, self._changed)
-        if self.ticket.state is not State.QUEUED:
-            self._changed(self.ticket)
+        ticket = self.ticket = self._shared.permits.take(want, self._changed)
+        if ticket.state is not _QUEUED:
+            self._changed(ticket)
 
     def _changed(self, ticket: Ticket) -> None:
-        if ticket.state is State.GRANTED:
+        if ticket.state is _GRANTED:
             self._send(ticket)
         elif ticket.refusal is not None:
             self.refuse(DENIED[ticket.refusal], self._error)
 
     def _send(self, ticket: Ticket) -> None:
-        assert ticket.upstream is not None, "a granted ticket names its upstream"
-        self._upstream_name = ticket.upstream
+        name = ticket.upstream
+        assert name is not None, "a granted ticket names its upstream"
+        self._upstream_name = name
         if not self._granted_ns:
             self._granted_ns = ticket.granted_ns or self._shared.now_ns()
         self._attempts += 1
-        upstream = self._shared.upstream(ticket.upstream)
+        upstream = self._upstream = self._shared.upstream(name)
         self._pace = upstream.pace
         self._call = upstream.send(self.job, self)
 
@@ -212,20 +207,22 @@ class Relay:
         """A read's worth of the reply."""
         if head is not None:
             self._status = head.status
-            if self._moves_on(head.status):
+            if head.status in _ELSEWHERE and self._moves_on(head.status):
                 return
+            self._streams = _is_stream(head)
+            self._open_ended = self._streams and head.length is None
         if data:
-            self._note(head, data, ended)
+            self._note(data, ended)
         if ended:
             # First: what this client asks next finds the place free, and the reply tells of the quota as it is then.
             self._complete()
         response = self.response
         if head is not None and ended and self.job.method != "HEAD":
             response.reply(head.status, self._headers(head), data)
-        else:
-            if head is not None:
-                response.start(head.status, self._headers(head), head.length)
-            self._pass_on(data, ended)
+            return
+        if head is not None:
+            response.start(head.status, self._headers(head), head.length)
+        self._pass_on(data, ended)
         if response.congested and self._call is not None:
             response.on_drained = self._resume
             self._call.pause()
@@ -242,13 +239,10 @@ class Relay:
         if ended:
             self.response.end()
 
-    def _note(self, head: Head | None, data: bytes, ended: bool) -> None:
+    def _note(self, data: bytes, ended: bool) -> None:
         if not self._first_ns:
             self._first_ns = self._shared.now_ns()
-        if head is not None:
-            self._streams = _is_stream(head)
-            self._usage = UsageReader(self._streams)
-        elif self._usage is None:
+        if self._usage is None:
             self._usage = UsageReader(self._streams)
         events = self._usage.feed(data)
         if events and self._pace is not None:
@@ -262,9 +256,7 @@ class Relay:
         self._token_ns = now_ns
 
     def _headers(self, head: Head) -> list[Header]:
-        self._streams = _is_stream(head)
-        self._open_ended = self._streams and head.length is None
-        extra = self._extra()
+        extra = self._shared.standing_headers(self.account)
         if head.status in _BUSY:
             extra.append((b"x-loadstone-reason", b"upstream_busy"))
             if not any(name == b"retry-after" for name, _ in head.headers):
@@ -272,24 +264,23 @@ class Relay:
         return reply_headers(head.headers, request_id=self.job.request_id, streams=self._streams, extra=extra)
 
     def _complete(self) -> None:
-        upstream = self._shared.upstream(self._upstream_name)
-        if self._status in _BUSY:
-            upstream.busy()
-        elif self._status in _BROKEN:
-            upstream.broken(f"it answered {self._status}")
+        self._tell_upstream(self._status)
+        self._end(outcome_of(self._status))
+
+    def _tell_upstream(self, status: int) -> None:
+        assert self._upstream is not None, "only an upstream that was sent to replies"
+        if status in _BUSY:
+            self._upstream.busy()
+        elif status in _BROKEN:
+            self._upstream.broken(f"it answered {status}")
         else:
-            upstream.good()
-        self._end(_outcome_of(self._status))
+            self._upstream.good()
 
     def _moves_on(self, status: int) -> bool:
         """A gateway's error, or a full server: the reply is dropped where another upstream may do better."""
-        if status not in _ELSEWHERE or self._attempts >= MOST_ATTEMPTS or not self._another():
+        if self._attempts >= MOST_ATTEMPTS or not self._another():
             return False
-        upstream = self._shared.upstream(self._upstream_name)
-        if status in _BUSY:
-            upstream.busy()
-        else:
-            upstream.broken(f"it answered {status}")
+        self._tell_upstream(status)
         if self._call is not None:
             self._call.cancel()
         self._error = f"{self._upstream_name} answered {status}"
@@ -304,13 +295,14 @@ class Relay:
         """The upstream could not be reached, or its reply ended before its end."""
         self._call = None
         self._error = failure.reason
-        upstream = self._shared.upstream(self._upstream_name)
+        upstream = self._upstream
+        assert upstream is not None, "only an upstream that was sent to fails"
         # Before the upstream is marked down, so that this request is not among those that it refuses.
         if failure.stage is Stage.CONNECT:
             upstream.unreachable(failure.reason)
         else:
             upstream.broken(failure.reason)
-        if self._ended:
+        if self.ended:
             return
         if self.response.started:
             self._break_off(Outcome.UPSTREAM_ERROR, failure.reason)
@@ -326,7 +318,7 @@ class Relay:
         self._status = 0
         self._avoid |= {self._upstream_name}
         self._shared.permits.move(self.ticket, self._avoid, self._changed)
-        if self.ticket.state is not State.QUEUED:
+        if self.ticket.state is not _QUEUED:
             self._changed(self.ticket)
 
     # -- ends
@@ -351,20 +343,19 @@ class Relay:
 
     def refuse(self, outcome: Outcome, detail: str = "", param: str | None = None, wait_s: float | None = None) -> None:
         """Answer with an error of the gate's own; nothing of a reply has gone out."""
-        refusal = REFUSALS[outcome]
+        hint_s = self._shared.wait_hint_s(outcome) if wait_s is None else wait_s
+        refusal = refusal_reply(outcome, hint_s, detail, param)
         self._status = refusal.status
         self._error = self._error or detail
         self._end(outcome)
-        headers = [_JSON, (b"x-request-id", self.job.request_id), *self._extra()]
-        if refusal.status in (429, 503):
-            hint_s = self._shared.wait_hint_s(outcome) if wait_s is None else wait_s
-            headers.append((b"retry-after", retry_after(hint_s)))
-        headers.append((b"x-loadstone-reason", outcome.value.encode()))
-        if outcome is Outcome.UNAUTHORIZED:
-            headers.append((b"www-authenticate", b"Bearer"))
-        if refusal.status in (400, 401):
+        if refusal.status in _CLOSING:
             self.response.close_after = True
-        self.response.reply(refusal.status, headers, refusal_body(outcome, detail, param))
+        headers = [
+            *refusal.headers,
+            (b"x-request-id", self.job.request_id),
+            *self._shared.standing_headers(self.account),
+        ]
+        self.response.reply(refusal.status, headers, refusal.body)
 
     def _break_off(self, outcome: Outcome, reason: str) -> None:
         """The reply has begun: an event says why it ends; the connection closes, so that no one takes it for whole."""
@@ -375,43 +366,36 @@ class Relay:
         self.response.fail()
 
     def _end(self, outcome: Outcome) -> None:
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         self.response.on_disconnect = None
         self.response.on_drained = None
         tokens, output_tokens = self._usage.tokens() if self._usage is not None else (None, 0)
-        ticket = self.ticket
-        admitted = self._granted_ns != 0
+        ticket, shared = self.ticket, self._shared
         if ticket is not None:
-            if ticket.state is State.GRANTED:
-                self._shared.permits.release(ticket, tokens)
-            elif ticket.state is State.QUEUED:
-                self._shared.permits.cancel(ticket)
-        now_ns = self._shared.now_ns()
+            if ticket.state is _GRANTED:
+                shared.permits.release(ticket, tokens)
+            elif ticket.state is _QUEUED:
+                shared.permits.cancel(ticket)
         finished = Finished(
             outcome,
             self._status,
             self._upstream_name,
-            admitted,
-            self._arrived_ns,
             self._granted_ns,
             self._first_ns,
-            now_ns,
+            shared.now_ns(),
             tokens,
             output_tokens,
             self._attempts,
             self._error,
         )
         self._call = None
-        self._done(self, finished)
+        shared.finished(self, finished)
 
 
 def _is_stream(head: Head) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in head.headers)
-
-
-def _outcome_of(status: int) -> Outcome:
-    if status < 400:
-        return Outcome.OK
-    return Outcome.UPSTREAM_ERROR if status >= 500 or status == 429 else Outcome.BAD_REQUEST
+    for name, value in head.headers:
+        if name == b"content-type":
+            return value.startswith(b"text/event-stream")
+    return False

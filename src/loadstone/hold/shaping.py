@@ -6,7 +6,6 @@ The body is forwarded byte for byte where nothing was changed. Prompt tokens are
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -38,8 +37,7 @@ class _Ask(msgspec.Struct):
     prompt: msgspec.Raw = msgspec.Raw()
 
 
-@dataclass(frozen=True, slots=True)
-class Shaped:
+class Shaped(msgspec.Struct, frozen=True, gc=False):
     """A request as it goes upstream."""
 
     body: bytes

@@ -20,6 +20,7 @@ from loadstone.wire.origin import parse_origin
 from loadstone.wire.upstream import UpstreamCall, UpstreamPool
 
 PROBE_TIMEOUT_S = 2.0
+_LEAST_PAUSE_S = 0.05
 _HEALTH_PATH = "/health"
 
 
@@ -69,6 +70,7 @@ class UpstreamServer:
             tls=dialing.tls if self.origin.scheme == "https" else None,
             connect_timeout_s=dialing.connect_timeout_s,
         )
+        self.marked_down = asyncio.Event()
         self.pace: Pace | None = None
         self.engine = EngineWatch(self._ask_metrics, clock)
         self.replies = 0
@@ -163,6 +165,7 @@ class UpstreamServer:
             return []
 
     def _closed(self) -> None:
+        self.marked_down.set()
         now_ns = self._clock.now_ns()
         self._permits.tell(self._permits.admission.upstream_down(self.plan.url, now_ns))
 
@@ -230,8 +233,18 @@ class Upstreams:
                 reason = f": {server.health.reason}" if server.health.reason else ""
                 self._log(f"{server.plan.url} is {now.value}{reason}")
                 before = now
-            pause_ns = server.health.next_probe_ns - self._clock.now_ns()
-            await asyncio.sleep(max(0.05, pause_ns / 1e9))
+            await self._until_next(server)
+
+    async def _until_next(self, server: UpstreamServer) -> None:
+        """Until the next probe is due, which a request that fails may bring forward."""
+        server.marked_down.clear()
+        while (pause_ns := server.health.next_probe_ns - self._clock.now_ns()) > 0:
+            try:
+                async with asyncio.timeout(max(_LEAST_PAUSE_S, pause_ns / 1e9)):
+                    await server.marked_down.wait()
+                    server.marked_down.clear()
+            except TimeoutError:
+                return
 
     async def close(self) -> None:
         """Stop watching and cut all connections."""
