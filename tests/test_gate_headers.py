@@ -2,7 +2,7 @@
 
 import pytest
 
-from loadstone.hold.headers import reply_headers, request_id, upstream_head
+from loadstone.hold.headers import header_pairs, reply_lines, request_id, upstream_head
 
 
 def head(headers: list[tuple[bytes, bytes]], **changes: object) -> list[bytes]:
@@ -99,11 +99,15 @@ def test_a_sane_request_id_is_kept(given: bytes, kept: bool) -> None:
 
 def test_a_reply_names_the_gate_and_forbids_buffering_of_streams() -> None:
     upstream = [(b"server", b"uvicorn"), (b"content-type", b"text/event-stream"), (b"x-request-id", b"theirs")]
-    headers = reply_headers(upstream, request_id=b"ours", streams=True, extra=[(b"x-more", b"1")])
-    assert headers == [
+    upstream.append((b"x-ratelimit-limit", b"of the engine's own"))
+    rates = b"x-ratelimit-limit: 10\r\n"
+    assert header_pairs(reply_lines(upstream, b"ours", streams=True, rates=rates)) == [
         (b"content-type", b"text/event-stream"),
         (b"via", b"1.1 loadstone"),
         (b"x-request-id", b"ours"),
         (b"x-accel-buffering", b"no"),
-        (b"x-more", b"1"),
+        (b"x-ratelimit-limit", b"10"),
     ]
+    assert (b"x-ratelimit-limit", b"of the engine's own") in header_pairs(
+        reply_lines(upstream, b"ours", streams=False, rates=b"")
+    )

@@ -3,7 +3,8 @@
 import pytest
 
 from loadstone.core.quota import Standing
-from loadstone.hold.rate_headers import rate_limit_headers
+from loadstone.hold.headers import header_pairs
+from loadstone.hold.rate_headers import NAMES, rate_limit_lines
 
 MINUTE = Standing("minute", "requests", 10, 3, 20.2, 60)
 HOUR = Standing("hour", "requests", 100, 2, 3540.0, 3600)
@@ -70,6 +71,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("standings", "expected"), TABLE)
 def test_both_families(standings: list[Standing], expected: dict[str, str]) -> None:
-    headers = rate_limit_headers(standings)
+    headers = header_pairs(rate_limit_lines(standings))
+    assert {name for name, _ in headers} <= NAMES
     assert {name.decode(): value.decode() for name, value in headers} == expected
     assert len(headers) == len(expected), "no header twice"

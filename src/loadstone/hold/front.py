@@ -21,10 +21,10 @@ from loadstone.hold.api_keys import without_admin_key
 from loadstone.hold.clients import Callers
 from loadstone.hold.configuration import Enforced
 from loadstone.hold.endings import spent_tokens, wait_hint_s
-from loadstone.hold.headers import Header, relayed_target, request_id
+from loadstone.hold.headers import relayed_target, request_id
 from loadstone.hold.options import GateOptions
 from loadstone.hold.permits import Permits
-from loadstone.hold.rate_headers import rate_limit_headers
+from loadstone.hold.rate_headers import rate_limit_lines
 from loadstone.hold.relay import Finished, Job, Relay
 from loadstone.hold.shaping import Shaped, shape
 from loadstone.hold.status import Ended, Status
@@ -245,13 +245,13 @@ class Front:
         throughput_rps = evidence.throughput_rps if evidence is not None else None
         return wait_hint_s(self.permits.admission.retry_after_s(self.now_ns()), self._enforced.limits, throughput_rps)
 
-    def standing_headers(self, account: Account) -> list[Header]:
+    def standing_lines(self, account: Account) -> bytes:
         """Where a client stands with its quota."""
         if account.standings is None:
             if not account.known:
-                return []
+                return b""
             account.standings = self.quotas.standings(account.client, self.now_ns())
-        return rate_limit_headers(account.standings)
+        return rate_limit_lines(account.standings)
 
     def finished(self, relay: Relay, finished: Finished) -> None:
         """The one end of a request: quota, figures, log."""

@@ -6,6 +6,8 @@ about its own address is not believed, only added to by proxies that are trusted
 
 from collections.abc import Iterable
 
+from loadstone.hold.rate_headers import NAMES as RATE_NAMES
+
 Header = tuple[bytes, bytes]
 
 VIA = b"1.1 loadstone"
@@ -42,6 +44,9 @@ _OURS = frozenset(
 )
 _NOT_FORWARDED = _HOP_BY_HOP | _OURS
 _NOT_RETURNED = frozenset((b"server", b"x-request-id", b"x-accel-buffering", b"via", b"x-loadstone-reason"))
+_NOT_RETURNED_WITH_RATES = _NOT_RETURNED | RATE_NAMES
+_WHOLE = b"via: " + VIA + b"\r\nx-request-id: %b\r\n"
+_STREAMED = _WHOLE + b"x-accel-buffering: no\r\n"
 _PLAIN_CONNECTION = frozenset((b"keep-alive", b"close"))
 _KEYS = frozenset((b"authorization", b"x-api-key"))
 _MOST_REQUEST_ID = 128
@@ -126,14 +131,26 @@ def upstream_head(
     return b"".join(lines)
 
 
-def reply_headers(headers: list[Header], *, request_id: bytes, streams: bool, extra: Iterable[Header]) -> list[Header]:
-    """The upstream's headers (its hop-by-hop ones already removed) as the client gets them."""
-    ours = dict(extra)
-    kept = [header for header in headers if header[0] not in _NOT_RETURNED and header[0] not in ours]
-    kept.append((b"via", VIA))
-    kept.append((b"x-request-id", request_id))
-    if streams:
-        # A proxy before the gate must not hold events back.
-        kept.append((b"x-accel-buffering", b"no"))
-    kept.extend(extra)
-    return kept
+def header_pairs(lines: bytes) -> list[Header]:
+    """Header lines taken apart again."""
+    pairs = (line.partition(b": ") for line in lines.split(b"\r\n") if line)
+    return [(name, value) for name, _, value in pairs]
+
+
+def header_lines(headers: Iterable[Header]) -> bytes:
+    """Headers as they go out, each line with its end."""
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
+def reply_lines(headers: list[Header], request_id: bytes, *, streams: bool, rates: bytes) -> bytes:
+    """The upstream's headers (its hop-by-hop ones already removed) as the client gets them, as lines.
+
+    ``rates``: where the client stands with its quota here, which hides what the upstream says of its own.
+    """
+    hidden = _NOT_RETURNED_WITH_RATES if rates else _NOT_RETURNED
+    lines = [b"%b: %b\r\n" % header for header in headers if header[0] not in hidden]
+    # A proxy before the gate must not hold events back.
+    ours = _STREAMED if streams else _WHOLE
+    lines.append(ours % request_id)
+    lines.append(rates)
+    return b"".join(lines)

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 from loadstone.core.admission import Admission, State, Ticket, Want
 from loadstone.core.clock import Clock, Timer
 
+# An enumeration's members are slow to read in Python 3.11, and this one is read for every request.
+_QUEUED = State.QUEUED
+
 OnChange = Callable[[Ticket], None]
 
 
@@ -27,20 +30,22 @@ class Permits:
     def take(self, want: Want, on_change: OnChange) -> Ticket:
         """Ask for a slot. ``on_change`` is called once, later, if the ticket has to queue."""
         ticket = self.admission.offer(want, self._clock.now_ns())
-        if ticket.state is State.QUEUED:
+        if ticket.state is _QUEUED:
             self._wait(ticket, on_change)
         return ticket
 
     def move(self, ticket: Ticket, avoid: frozenset[str], on_change: OnChange) -> None:
         """Take a failed request elsewhere, keeping its turn; the ticket says at once what came of it."""
         changed = self.admission.move(ticket, self._clock.now_ns(), avoid)
-        if ticket.state is State.QUEUED:
+        if ticket.state is _QUEUED:
             self._wait(ticket, on_change)
         self.tell(other for other in changed if other is not ticket)
 
     def release(self, ticket: Ticket, served_tokens: int | None = None) -> None:
         """The upstream's last byte has been read, or its connection closed. Further calls change nothing."""
-        self.tell(self.admission.release(ticket, self._clock.now_ns(), served_tokens))
+        changed = self.admission.release(ticket, self._clock.now_ns(), served_tokens)
+        if changed or self._waiting:
+            self.tell(changed)
 
     def cancel(self, ticket: Ticket) -> None:
         """The client has left, waiting or served."""

@@ -14,28 +14,44 @@ from collections.abc import Iterable
 
 from loadstone.core.quota import Standing
 
-Header = tuple[bytes, bytes]
+NAMES = frozenset(
+    (
+        b"x-ratelimit-limit",
+        b"x-ratelimit-remaining",
+        b"x-ratelimit-reset",
+        b"x-ratelimit-limit-requests",
+        b"x-ratelimit-remaining-requests",
+        b"x-ratelimit-reset-requests",
+        b"x-ratelimit-limit-tokens",
+        b"x-ratelimit-remaining-tokens",
+        b"x-ratelimit-reset-tokens",
+        b"ratelimit-policy",
+        b"ratelimit",
+    )
+)
+_TIGHTEST = b"x-ratelimit-limit: %d\r\nx-ratelimit-remaining: %d\r\nx-ratelimit-reset: %d\r\n"
+_REQUESTS = (
+    _TIGHTEST + b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\n"
+    b'x-ratelimit-reset-requests: %b\r\nratelimit: "%b";r=%d;t=%d\r\nratelimit-policy: %b\r\n'
+)
+_TOKENS = b"x-ratelimit-limit-tokens: %d\r\nx-ratelimit-remaining-tokens: %d\r\nx-ratelimit-reset-tokens: %b\r\n"
 
 
-def rate_limit_headers(standings: Iterable[Standing]) -> list[Header]:
-    """Both families, names in lower case; nothing where there is no quota."""
-    requests: Standing | None = None
+def rate_limit_lines(standings: Iterable[Standing]) -> bytes:
+    """Both families as header lines, names in lower case, each line with its end; nothing where there is no quota."""
+    tightest: Standing | None = None
     tokens: Standing | None = None
-    policies: list[bytes] = []
+    policies = b""
     for standing in standings:
         if standing.what == "tokens":
             tokens = standing
-        else:
-            policies.append(b'"%b";q=%d;w=%d' % (standing.name.encode(), standing.limit, standing.window_s))
-            if requests is None or _tighter(standing, requests):
-                requests = standing
-    headers: list[Header] = []
-    if requests is not None:
-        headers += _of_requests(requests)
-        headers.append((b"ratelimit-policy", b", ".join(policies)))
-    if tokens is not None:
-        headers += _of_tokens(tokens, alone=requests is None)
-    return headers
+            continue
+        policy = b'"%b";q=%d;w=%d' % (standing.name.encode(), standing.limit, standing.window_s)
+        policies = b"%b, %b" % (policies, policy) if policies else policy
+        if tightest is None or _tighter(standing, tightest):
+            tightest = standing
+    lines = b"" if tightest is None else _of_requests(tightest, policies)
+    return lines if tokens is None else lines + _of_tokens(tokens, alone=tightest is None)
 
 
 def _tighter(one: Standing, other: Standing) -> bool:
@@ -43,33 +59,17 @@ def _tighter(one: Standing, other: Standing) -> bool:
     return one.remaining < other.remaining or (one.remaining == other.remaining and one.reset_s > other.reset_s)
 
 
-def _of_requests(standing: Standing) -> list[Header]:
-    limit, remaining, reset_s = b"%d" % standing.limit, b"%d" % standing.remaining, math.ceil(standing.reset_s)
-    return [
-        (b"x-ratelimit-limit", limit),
-        (b"x-ratelimit-remaining", remaining),
-        (b"x-ratelimit-reset", b"%d" % reset_s),
-        (b"x-ratelimit-limit-requests", limit),
-        (b"x-ratelimit-remaining-requests", remaining),
-        (b"x-ratelimit-reset-requests", _duration(reset_s)),
-        (b"ratelimit", b'"%b";r=%b;t=%d' % (standing.name.encode(), remaining, reset_s)),
-    ]
+def _of_requests(standing: Standing, policies: bytes) -> bytes:
+    limit, left, reset_s = standing.limit, standing.remaining, math.ceil(standing.reset_s)
+    name = standing.name.encode()
+    duration = _duration(reset_s)
+    return _REQUESTS % (limit, left, reset_s, limit, left, duration, name, left, reset_s, policies)
 
 
-def _of_tokens(standing: Standing, *, alone: bool) -> list[Header]:
-    limit, remaining, reset_s = b"%d" % standing.limit, b"%d" % standing.remaining, math.ceil(standing.reset_s)
-    headers = [
-        (b"x-ratelimit-limit-tokens", limit),
-        (b"x-ratelimit-remaining-tokens", remaining),
-        (b"x-ratelimit-reset-tokens", _duration(reset_s)),
-    ]
-    if alone:
-        headers += [
-            (b"x-ratelimit-limit", limit),
-            (b"x-ratelimit-remaining", remaining),
-            (b"x-ratelimit-reset", b"%d" % reset_s),
-        ]
-    return headers
+def _of_tokens(standing: Standing, *, alone: bool) -> bytes:
+    limit, left, reset_s = standing.limit, standing.remaining, math.ceil(standing.reset_s)
+    lines = _TOKENS % (limit, left, _duration(reset_s))
+    return lines + _TIGHTEST % (limit, left, reset_s) if alone else lines
 
 
 def _duration(seconds: int) -> bytes:

@@ -23,10 +23,10 @@ from loadstone.core.outcomes import Outcome
 from loadstone.core.refusals import refusal_body, retry_after
 from loadstone.hold.accounts import Account
 from loadstone.hold.endings import DENIED, outcome_of, refusal_reply
-from loadstone.hold.headers import Header, reply_headers
+from loadstone.hold.headers import Header, header_lines, reply_lines
 from loadstone.hold.permits import Permits
 from loadstone.hold.signals import Pace
-from loadstone.hold.usage import UsageReader
+from loadstone.hold.usage import UsageReader, tokens_of
 from loadstone.wire.server import Response
 from loadstone.wire.upstream import Failure, Head, Stage, UpstreamCall
 
@@ -101,7 +101,7 @@ class Shared(Protocol):
     def upstream(self) -> Callable[[str], Upstream]: ...
     def any_up_besides(self, tried: frozenset[str]) -> bool: ...
     def wait_hint_s(self, outcome: Outcome) -> float: ...
-    def standing_headers(self, account: Account) -> list[Header]: ...
+    def standing_lines(self, account: Account) -> bytes: ...
     def finished(self, relay: "Relay", finished: Finished) -> None: ...
 
 
@@ -112,6 +112,7 @@ class Relay:
         "_attempts",
         "_avoid",
         "_call",
+        "_document",
         "_error",
         "_first_ns",
         "_granted_ns",
@@ -152,6 +153,8 @@ class Relay:
         self._shared = shared
         self._upstream: Upstream | None = None
         self._call: UpstreamCall | None = None
+        self._document = b""
+        """The body of a reply that came in one piece."""
         self._usage: UsageReader | None = None
         self._avoid: frozenset[str] = frozenset()
         self._attempts = 0
@@ -218,10 +221,10 @@ class Relay:
             self._complete()
         response = self.response
         if head is not None and ended and self.job.method != "HEAD":
-            response.reply(head.status, self._headers(head), data)
+            response.reply(head.status, self._lines(head), data)
             return
         if head is not None:
-            response.start(head.status, self._headers(head), head.length)
+            response.start(head.status, self._lines(head), head.length)
         self._pass_on(data, ended)
         if response.congested and self._call is not None:
             response.on_drained = self._resume
@@ -243,6 +246,9 @@ class Relay:
         if not self._first_ns:
             self._first_ns = self._shared.now_ns()
         if self._usage is None:
+            if ended and not self._streams:
+                self._document = data
+                return
             self._usage = UsageReader(self._streams)
         events = self._usage.feed(data)
         if events and self._pace is not None:
@@ -255,13 +261,18 @@ class Relay:
             pace.add(now_ns - self._token_ns, events)
         self._token_ns = now_ns
 
-    def _headers(self, head: Head) -> list[Header]:
-        extra = self._shared.standing_headers(self.account)
-        if head.status in _BUSY:
-            extra.append((b"x-loadstone-reason", b"upstream_busy"))
-            if not any(name == b"retry-after" for name, _ in head.headers):
-                extra.append((b"retry-after", retry_after(self._shared.wait_hint_s(Outcome.UPSTREAM_ERROR))))
-        return reply_headers(head.headers, request_id=self.job.request_id, streams=self._streams, extra=extra)
+    def _lines(self, head: Head) -> bytes:
+        rates = self._shared.standing_lines(self.account)
+        lines = reply_lines(head.headers, self.job.request_id, streams=self._streams, rates=rates)
+        return lines if head.status not in _BUSY else lines + self._busy_lines(head)
+
+    def _busy_lines(self, head: Head) -> bytes:
+        """Who says no, and when to come back, where the upstream does not tell."""
+        lines = b"x-loadstone-reason: upstream_busy\r\n"
+        if any(name == b"retry-after" for name, _ in head.headers):
+            return lines
+        hint_s = self._shared.wait_hint_s(Outcome.UPSTREAM_ERROR)
+        return b"%bretry-after: %b\r\n" % (lines, retry_after(hint_s))
 
     def _complete(self) -> None:
         self._tell_upstream(self._status)
@@ -350,12 +361,8 @@ class Relay:
         self._end(outcome)
         if refusal.status in _CLOSING:
             self.response.close_after = True
-        headers = [
-            *refusal.headers,
-            (b"x-request-id", self.job.request_id),
-            *self._shared.standing_headers(self.account),
-        ]
-        self.response.reply(refusal.status, headers, refusal.body)
+        ours = header_lines([*refusal.headers, (b"x-request-id", self.job.request_id)])
+        self.response.reply(refusal.status, ours + self._shared.standing_lines(self.account), refusal.body)
 
     def _break_off(self, outcome: Outcome, reason: str) -> None:
         """The reply has begun: an event says why it ends; the connection closes, so that no one takes it for whole."""
@@ -371,7 +378,7 @@ class Relay:
         self.ended = True
         self.response.on_disconnect = None
         self.response.on_drained = None
-        tokens, output_tokens = self._usage.tokens() if self._usage is not None else (None, 0)
+        tokens, output_tokens = self._tokens()
         ticket, shared = self.ticket, self._shared
         if ticket is not None:
             if ticket.state is _GRANTED:
@@ -392,6 +399,11 @@ class Relay:
         )
         self._call = None
         shared.finished(self, finished)
+
+    def _tokens(self) -> tuple[int | None, int]:
+        if self._document:
+            return tokens_of(self._document)
+        return self._usage.tokens() if self._usage is not None else (None, 0)
 
 
 def _is_stream(head: Head) -> bool:

@@ -13,8 +13,9 @@ from loadstone.hold.clients import Callers, TrustedProxies
 from loadstone.hold.configuration import Enforced
 from loadstone.hold.deadlines import Deadlines
 from loadstone.hold.endings import Header, wait_hint_s
+from loadstone.hold.headers import header_pairs
 from loadstone.hold.permits import Permits
-from loadstone.hold.rate_headers import rate_limit_headers
+from loadstone.hold.rate_headers import rate_limit_lines
 from loadstone.hold.resources import Sampler
 from loadstone.hold.status import Ended, Now, Status, UpstreamNow
 
@@ -74,7 +75,7 @@ class Service:
 
     def rate_headers(self, client: str) -> list[Header]:
         """How the client stands now."""
-        return rate_limit_headers(self.quotas.standings(client, self.clock.now_ns()))
+        return header_pairs(rate_limit_lines(self.quotas.standings(client, self.clock.now_ns())))
 
     def wait_hint_s(self) -> float:
         """When one that is refused for want of room may come back."""

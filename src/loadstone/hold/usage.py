@@ -51,19 +51,28 @@ class UsageReader:
 
     def tokens(self) -> tuple[int | None, int]:
         """(all tokens of the request as the server counts them, or None; output tokens, at least as many)."""
-        usage = self._usage()
-        if usage is not None:
-            return usage.total_tokens or usage.prompt_tokens + usage.completion_tokens, usage.completion_tokens
-        return None, max(0, self._events - 1)
-
-    def _usage(self) -> _Usage | None:
         body = b"".join(self._kept)
-        if b'"usage"' not in body:
-            return None
         if not self._streams:
-            return _read(body)
-        lines = (line[5:] for line in reversed(body.splitlines()) if line.startswith(b"data:"))
-        return next((usage for line in lines if b"usage" in line and (usage := _read(line)) is not None), None)
+            return tokens_of(body)
+        return _figures(_last_usage(body), max(0, self._events - 1))
+
+
+def tokens_of(document: bytes) -> tuple[int | None, int]:
+    """As ``UsageReader.tokens``, of a whole JSON document."""
+    return _figures(_read(document) if b'"usage"' in document else None, 0)
+
+
+def _figures(usage: _Usage | None, output_tokens: int) -> tuple[int | None, int]:
+    if usage is None:
+        return None, output_tokens
+    return usage.total_tokens or usage.prompt_tokens + usage.completion_tokens, usage.completion_tokens
+
+
+def _last_usage(stream: bytes) -> _Usage | None:
+    if b'"usage"' not in stream:
+        return None
+    lines = (line[5:] for line in reversed(stream.splitlines()) if line.startswith(b"data:"))
+    return next((usage for line in lines if b"usage" in line and (usage := _read(line)) is not None), None)
 
 
 def _read(document: bytes) -> _Usage | None:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Protocol
 
-Headers = Iterable[tuple[bytes, bytes]]
+Headers = Iterable[tuple[bytes, bytes]] | bytes
+"""Names and values, or the lines as they go out, each with its line end."""
 
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 _BODYLESS = frozenset({204, 304})
@@ -165,7 +166,10 @@ class Response:
 
     def _head(self, status: int, headers: Headers, framing: list[tuple[bytes, bytes]]) -> bytes:
         lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
-        lines += [b"%b: %b\r\n" % header for header in headers]
+        if isinstance(headers, bytes):
+            lines.append(headers)
+        else:
+            lines += [b"%b: %b\r\n" % header for header in headers]
         lines += [b"%b: %b\r\n" % header for header in framing]
         if self._channel.name:
             lines.append(b"server: %b\r\n" % self._channel.name)
