@@ -7,7 +7,8 @@ import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import uvloop
 
@@ -20,6 +21,7 @@ from loadstone.hold.gate import Gate
 from loadstone.hold.options import GateOptions
 from loadstone.wire.clock import MonotonicClock
 from loadstone.wire.server import HttpServer, IncomingRequest, Response
+from loadstone.wire.server_connection import ServerConnection
 
 CHAT = "/v1/chat/completions"
 ASK = b'{"model": "m", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}'
@@ -87,7 +89,7 @@ class Asked:
     @property
     def connected(self) -> bool:
         """As the kernel knows it, which hears of a hang-up before the loop does."""
-        transport = self.response._channel._transport
+        transport = cast(ServerConnection, self.response._channel)._transport
         if transport is None:
             return False
         own: socket.socket = transport.get_extra_info("socket")
@@ -395,8 +397,11 @@ class Rig:
         for _ in range(count):
             queued = self.queued
             clients.append(await self.asking(data, address))
-            await until(lambda queued=queued: self.queued == queued + 1)
+            await until(partial(self._queue_is, queued + 1))
         return clients
+
+    def _queue_is(self, length: int) -> bool:
+        return self.queued == length
 
     async def once(self, data: bytes | None = None, address: str = "127.0.0.1") -> Reply:
         """One request on a connection of its own."""

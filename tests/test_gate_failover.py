@@ -288,6 +288,22 @@ def test_when_the_last_one_goes_down_those_that_wait_learn_it_at_once() -> None:
     run(main())
 
 
+def test_where_none_is_up_nothing_waits_for_one() -> None:
+    async def main() -> None:
+        async with gate_before(answers, answers, limits=Limits(max_concurrency=1, max_queue=5)) as (rig, servers):
+            for server in servers:
+                await server.stop()
+            first, *others = [await rig.once() for _ in range(4)]
+            assert (first.status, first.error["code"]) == (503, "no_upstream")
+            assert "refused the connection" in first.error["message"]
+            assert {(other.status, other.error["code"]) for other in others} == {(503, "no_upstream")}
+            assert not any(rig.upstream(server).up for server in servers)
+            assert (await rig.once(http("GET", "/health", b""))).status == 503
+            await rig.ended(no_upstream=4)
+
+    run(main())
+
+
 def test_replies_that_break_again_and_again_open_the_circuit() -> None:
     async def main() -> None:
         async with gate_before(Asked.reset) as (rig, [server]):

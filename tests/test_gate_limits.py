@@ -170,6 +170,24 @@ def test_clients_take_turns_however_many_requests_one_of_them_has_waiting() -> N
     run(main())
 
 
+def test_turns_are_counted_in_tokens_and_not_in_requests() -> None:
+    async def main() -> None:
+        async with gate_before(None, limits=Limits(max_concurrency=1, max_queue=40)) as (rig, [server]):
+            await rig.asking(http(path="/v1/first"))
+            await rig.waiting(4, http(body=asks(975)))
+            await rig.waiting(8, http(body=asks(75)), "127.0.0.2")
+            sizes = []
+            (await server.next()).answer()
+            for _ in range(12):
+                asked = await server.next()
+                sizes.append(asked.document["max_tokens"])
+                asked.answer(b'{"choices": []}')
+            assert sizes.index(975, sizes.index(975) + 1) > 7, "of 1,000 tokens for one the other gets ten times 100"
+            assert (sizes.count(975), sizes.count(75)) == (4, 8)
+
+    run(main())
+
+
 def test_a_key_of_higher_priority_goes_first() -> None:
     keys = ApiKeys([ApiKey(b"low", "low"), ApiKey(b"high", "high", 5)])
 
@@ -255,6 +273,32 @@ def test_nobody_waits_who_would_not_be_served_in_time() -> None:
             assert headers["x-loadstone-reason"] == "expected_wait"
             assert 20 <= int(headers["retry-after"]) <= 31
             assert (await rig.outcomes()) == {"ok": 20, "expected_wait": 1}
+
+    run(main())
+
+
+def test_who_waits_is_dropped_once_the_time_left_is_less_than_a_service_takes() -> None:
+    limits = Limits(max_concurrency=1, max_queue=50, request_timeout_s=60)
+
+    async def main() -> None:
+        async with gate_before(None, limits=limits) as (rig, [server]):
+            client = await rig.client()
+            for _ in range(20):
+                client.send(http())
+                asked = await server.next()
+                rig.clock.jump(20)
+                asked.answer()
+                assert (await client.reply()).status == 200
+            await rig.asking()
+            asked = await server.next()
+            rig.clock.jump(5)
+            [waits] = await rig.waiting(1)
+            rig.clock.jump(39)
+            assert rig.queued == 1
+            rig.clock.jump(1.5)
+            await ends_with(waits, 503, "queue_timeout")
+            assert await rig.outcomes() == {"ok": 20, "queue_timeout": 1}
+            asked.answer()
 
     run(main())
 

@@ -29,6 +29,7 @@ from gates import (
 from loadstone.core.limits import Limits
 from loadstone.hold.gate import GateOptions
 from loadstone.hold.upstreams import Dialing
+from loadstone.wire.request_reader import Phase
 
 ONE = Limits(max_concurrency=1, max_queue=0)
 
@@ -695,6 +696,25 @@ def test_a_body_of_100_mb_is_refused_by_its_head() -> None:
             reply = await rig.once(head[:-1])
             assert (reply.status, reply.error["code"]) == (413, "body_too_large")
             assert server.total == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize("begun", [b"POST /v1/x HT", http()[:-30]], ids=["head", "body"])
+def test_a_request_that_does_not_get_done_is_refused_and_holds_no_place(
+    monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    monkeypatch.setattr("loadstone.wire.server._SWEEP_S", 0.01)
+
+    async def main() -> None:
+        async with gate_before(answers, limits=ONE) as (rig, [server]):
+            rig.gate.server.allowed_s = dict.fromkeys(Phase, 0.05)
+            client = await rig.asking(begun)
+            reply = await client.reply()
+            assert (reply.status, reply.error["code"]) == (408, "bad_request")
+            assert await client.rest() == b""
+            assert server.total == 0
+            await rig.ended(bad_request=1)
 
     run(main())
 

@@ -1,6 +1,6 @@
 """The live page at ``/ui``: files of this package, nothing from elsewhere and nothing to build.
 
-The page itself holds no figures and needs no key; it asks ``/stats`` for them, with the admin key where one is wanted.
+The page itself holds no figures; it asks ``/stats`` for them.
 """
 
 from importlib import resources

@@ -4,11 +4,10 @@ import { View } from "/ui/view.js";
 
 const PERIOD_MS = 1000;
 const PATIENCE_MS = 5000;
-const KEPT = "loadstone-admin-key";
 
 const at = (id) => document.getElementById(id);
 const view = new View();
-let asking = false, waitsForKey = false, timer = 0, answeredMs = 0;
+let asking = false, timer = 0, answeredMs = 0;
 
 function state(word, tone) {
   at("state").textContent = word;
@@ -36,25 +35,10 @@ function answered(stats) {
   view.show(stats, answeredMs / 1000);
 }
 
-function wantKey() {
-  at("key-refused").hidden = !sessionStorage.getItem(KEPT);
-  sessionStorage.removeItem(KEPT);
-  waitsForKey = true;
-  at("notice").hidden = true;
-  at("figures").hidden = true;
-  at("key-form").hidden = false;
-  state("locked", "warn");
-  at("key").focus();
-}
-
-// { stats }, { missed: why } or { locked: true }.
+// { stats } or { missed: why }. Where the gate wants its admin key the browser has asked for it before this page came.
 async function ask() {
-  const key = sessionStorage.getItem(KEPT);
   try {
-    const reply = await fetch("/stats", {
-      headers: key ? { "X-Loadstone-Admin": key } : {}, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS),
-    });
-    if (reply.status === 401 || reply.status === 403) return { locked: true };
+    const reply = await fetch(`${location.origin}/stats`, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
     return reply.ok ? { stats: await reply.json() } : { missed: `/stats gave status ${reply.status}` };
   } catch (error) {
     return { missed: error.name === "TimeoutError" ? `nothing within ${PATIENCE_MS / 1000} s` : error.message };
@@ -63,23 +47,14 @@ async function ask() {
 
 async function poll() {
   clearTimeout(timer);
-  if (asking || waitsForKey || document.hidden) return;
+  if (asking || document.hidden) return;
   asking = true;
   const answer = await ask();
   asking = false;
   timer = setTimeout(poll, PERIOD_MS);
-  if (answer.locked) wantKey();
-  else if (answer.missed) missed(answer.missed);
+  if (answer.missed) missed(answer.missed);
   else answered(answer.stats);
 }
 
-at("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  sessionStorage.setItem(KEPT, at("key").value);
-  at("key").value = "";
-  at("key-form").hidden = true;
-  waitsForKey = false;
-  poll();
-});
 document.addEventListener("visibilitychange", poll);
 poll();
