@@ -392,7 +392,8 @@ class Rig:
         return client
 
     async def waiting(self, count: int, data: bytes | None = None, address: str = "127.0.0.1") -> list[Client]:
-        """So many more clients in the queue, one after the other."""
+        """So many more clients in the queue, one after the other; the places are taken, or just about to be."""
+        await until(lambda: self.in_flight)
         clients = []
         for _ in range(count):
             queued = self.queued

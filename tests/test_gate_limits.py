@@ -54,13 +54,14 @@ async def ends_with(client: Client, status: int, code: str) -> dict[str, str]:
 def test_never_more_streams_at_once_than_the_limit_however_long_they_last() -> None:
     async def main() -> None:
         async with gate_before(None, limits=Limits(max_concurrency=3, max_queue=17)) as (rig, [server]):
-            clients = [await rig.asking(http(body=STREAM)) for _ in range(20)]
+            clients = {f"/v1/{number}": await rig.asking(http(path=f"/v1/{number}")) for number in range(20)}
             await until(lambda: rig.queued == 17)
             assert (rig.in_flight, len(server.running)) == (3, 3)
             rig.clock.jump(7200)
             assert (await rig.once()).error["code"] == "queue_full"
-            for number, client in enumerate(clients):
+            for number in range(20):
                 asked = await server.next()
+                client = clients[asked.request.path]
                 asked.stream()
                 asked.say(event("a"))
                 assert rig.in_flight == min(3, 20 - number)
@@ -435,8 +436,9 @@ def test_a_token_budget_holds_back_what_does_not_fit_yet() -> None:
     async def main() -> None:
         async with gate_before(None, limits=Limits(max_queue=5, max_tokens_in_flight=200)) as (rig, [server]):
             await rig.asking(http(body=asks(75)))
+            first = await server.next()
             await rig.asking(http(body=asks(60)))
-            first, second = await server.next(), await server.next()
+            second = await server.next()
             await rig.waiting(1, http(body=asks(50)))
             second.answer(REPLY)
             third = await server.next()

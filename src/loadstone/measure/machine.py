@@ -2,12 +2,12 @@
 
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 import psutil
-import pynvml
+
+from loadstone.wire.accelerators import Accelerators
 
 
 class MachineReading(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -35,7 +35,7 @@ class Machine:
 
     def __init__(self) -> None:
         self._schedstat = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
-        self._devices = _nvml_devices()
+        self._accelerators = Accelerators()
         psutil.cpu_percent(interval=None)  # the first call only sets the mark that the next one counts from
 
     def read(self) -> MachineReading:
@@ -43,8 +43,8 @@ class Machine:
         return MachineReading(
             host_memory_free=memory.available / memory.total,
             host_cpu=psutil.cpu_percent(interval=None) / 100,
-            device_memory=_greatest(map(_device_memory, self._devices)),
-            device_use=_greatest(map(_device_use, self._devices)),
+            device_memory=self._accelerators.memory(),
+            device_use=self._accelerators.use(),
             client_cpu_s=time.thread_time(),
             run_queue_wait_s=self._run_queue_wait_s(),
         )
@@ -56,31 +56,4 @@ class Machine:
             return None
 
     def __repr__(self) -> str:
-        return f"<Machine, {len(self._devices)} accelerators>"
-
-
-def _nvml_devices() -> list[object]:
-    try:
-        pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return []
-
-
-def _device_memory(device: object) -> float | None:
-    try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(device)
-    except pynvml.NVMLError:  # some devices share the host's memory and have none of their own
-        return None
-    return float(memory.used) / float(memory.total)
-
-
-def _device_use(device: object) -> float | None:
-    try:
-        return float(pynvml.nvmlDeviceGetUtilizationRates(device).gpu) / 100
-    except pynvml.NVMLError:  # not told for a device that is partitioned (MIG)
-        return None
-
-
-def _greatest(shares: Iterable[float | None]) -> float | None:
-    return max((share for share in shares if share is not None), default=None)
+        return f"<Machine, {len(self._accelerators)} accelerators>"

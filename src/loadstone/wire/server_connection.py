@@ -110,9 +110,13 @@ class ServerConnection(asyncio.Protocol):
             response.disconnected()
 
     def data_received(self, data: bytes) -> None:
-        if not self._closing:
+        if self._closing:
+            return
+        if self._backlog or self._response is not None or self.congested or len(data) > PIECE_BYTES:
             self._backlog = joined(self._backlog, data)
-            self._advance()
+        else:  # nothing stands before it, which is nearly always so
+            self._reader.feed(data)
+        self._advance()
 
     def eof_received(self) -> bool:
         """Whether to stay: only where something is still to be answered."""
@@ -149,7 +153,12 @@ class ServerConnection(asyncio.Protocol):
                 pass
         finally:
             self._advancing = False
-        self._settle()
+        if self._response is not None and not self._backlog and not self.congested and not self._paused:
+            # One is being answered and nothing stands behind it: no deadline of this side runs.
+            self._phase = None
+            self.deadline_s = math.inf
+        else:
+            self._settle()
 
     def _take_next(self) -> bool:
         """One step; False where there is none until something happens."""

@@ -152,7 +152,7 @@ class ReplyReader:
             self._refuse(f"a status that nobody asked for ({status})")
         if status in _INTERIM:
             return
-        if _CONTROL.search(self._reason):
+        if self._reason != b"OK" and _CONTROL.search(self._reason):
             self._refuse("control characters in its status line")
         named = self._named
         headers = [header for header in self._headers if header[0] not in named] if named else self._headers
