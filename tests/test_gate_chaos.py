@@ -226,6 +226,7 @@ def test_nothing_is_lost_and_nothing_leaks_whatever_happens(seed: int) -> None:
             assert stayed <= sum(outcomes.values()) <= stayed + endings["left"]
             assert 0 < outcomes["client_gone"] <= endings["left"]
 
+            assert not rig.gate.permits._waiting
             admission = rig.gate.permits.admission
             for upstream in rig.gate.upstreams.all():
                 pool = upstream.pool

@@ -118,6 +118,20 @@ def test_nothing_is_tried_again_once_the_client_has_seen_a_byte() -> None:
     run(main())
 
 
+def test_a_reply_that_breaks_within_its_head_is_not_asked_for_elsewhere() -> None:
+    async def main() -> None:
+        async with gate_before(None, None) as (rig, servers):
+            client = await rig.asking()
+            asked, _here, there = await two(rig, servers)
+            asked.raw(b"HTTP/1.1 200 OK\r\nContent-")
+            asked.hang_up()
+            reply = await client.reply()
+            assert (reply.status, reply.error["code"]) == (502, "upstream_error")
+            assert there.total == 0, "it had been worked on"
+
+    run(main())
+
+
 def test_the_only_upstream_that_breaks_is_a_502() -> None:
     async def main() -> None:
         async with gate_before(Asked.reset) as (rig, [server]):
@@ -427,14 +441,14 @@ def test_an_upstream_that_returns_begins_anew() -> None:
             rig.gate.apply(enforced([leaves, stays], Limits()))
             assert [(await rig.once()).status for _ in range(6)] == [200] * 6
             assert not rig.upstream(leaves).up
-            assert rig.upstream(leaves).in_flight == 0
+            assert not rig.gate.permits.admission.is_up(leaves.url), "it is not asked first again and again"
             assert stays.total == 6
             await leaves.start()
             await rig.probe(leaves)
             rig.gate.apply(enforced([leaves], Limits()))
             for _ in range(5):
                 assert (await rig.once()).status == 200
-            assert leaves.connections <= 3, "its connections are kept again"
+            assert rig.gate.upstreams[leaves.url].pool.idle == 1, "its connections are kept again"
             await rig.ended(ok=11)
 
     run(main())

@@ -87,15 +87,20 @@ def point_of(levels: Sequence[LevelData], rules: Rules) -> Point:
 
 
 def _warm(levels: Sequence[LevelData], rules: Rules) -> Sequence[LevelData]:
-    """Without the first level of a run where it failed and was run again: it may have been cold, which says nothing."""
+    """Without the first level of a run where it failed and its repetition passed: it was cold, which says nothing."""
     first, *again = levels
     if not again or first.meta.ordinal != 1 or first.meta.kind == "confirm":
         return levels
-    return again if judge_level(first, rules, Stance.SETTLE)[1].verdict is Verdict.FAIL else levels
+    was_cold = (_verdict(first, rules), _verdict(again[0], rules)) == (Verdict.FAIL, Verdict.PASS)
+    return again if was_cold else levels
+
+
+def _verdict(level: LevelData, rules: Rules) -> Verdict:
+    return judge_level(level, rules, Stance.SETTLE)[1].verdict
 
 
 def _failed_early(level: LevelData, rules: Rules) -> bool:
-    return not level.complete and judge_level(level, rules, Stance.SETTLE)[1].verdict is Verdict.FAIL
+    return not level.complete and _verdict(level, rules) is Verdict.FAIL
 
 
 def _void(level: LevelData, rules: Rules) -> bool:
