@@ -51,6 +51,8 @@ def test_what_is_not_changed_goes_on_byte_for_byte() -> None:
 def test_the_default_is_the_most_where_none_is_given() -> None:
     assert shaped({}, Limits(max_output_tokens=64))["max_tokens"] == 64
     assert shaped({}, Limits(max_output_tokens=64), "/v1/responses") == {"max_output_tokens": 64}
+    assert shaped({}, Limits(max_output_tokens=64), "/completion") == {"n_predict": 64}
+    assert shaped({"max_tokens": 99}, Limits(max_output_tokens=64), "/v1/messages") == {"max_tokens": 64}
     assert shaped({}, Limits(max_output_tokens=64, default_output_tokens=100))["max_tokens"] == 64
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _LOOK_EVERY_S = 1.0
 
+Stamp = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class GateRun:
@@ -65,7 +67,6 @@ class GateRun:
             max_body_bytes=int(settings.max_body_mb * 1024 * 1024),
             dialing=Dialing(
                 authorization=authorization,
-                drop_authorization=keys is not None,
                 tls=_tls(settings.upstream_ca),
             ),
         )
@@ -73,14 +74,17 @@ class GateRun:
 
 def serve_gate(run: GateRun) -> int:
     """Run until SIGINT or SIGTERM. Raises UsageError for what cannot be used, before anything listens."""
+    seen = _stamp(run.limits.limits)
     enforced, options = run.enforced(), run.options()
     access_log = AccessLog(run.gate.access_log) if run.gate.access_log else None
     raise_open_files()
-    uvloop.run(_serve(run, enforced, options, access_log))
+    uvloop.run(_serve(run, enforced, options, access_log, seen))
     return EXIT_OK
 
 
-async def _serve(run: GateRun, enforced: Enforced, options: GateOptions, access_log: AccessLog | None) -> None:
+async def _serve(
+    run: GateRun, enforced: Enforced, options: GateOptions, access_log: AccessLog | None, seen: Stamp | None
+) -> None:
     loop = asyncio.get_running_loop()
     clock = MonotonicClock(loop)
     shared = _shared_quotas(run.gate.redis, enforced, clock) if run.gate.redis else None
@@ -102,7 +106,7 @@ async def _serve(run: GateRun, enforced: Enforced, options: GateOptions, access_
         ) from None
     shown = f"[{host}]" if ":" in host else host
     print(f"loadstone: ready on http://{shown}:{port}", flush=True)
-    watching = [loop.create_task(_keep_limits(gate, run, reload)), loop.create_task(_compare_models(gate))]
+    watching = [loop.create_task(_keep_limits(gate, run, reload, seen)), loop.create_task(_compare_models(gate))]
     await stopped.wait()
     # A second signal ends at once.
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -123,10 +127,12 @@ def _shared_quotas(url: str, enforced: Enforced, clock: MonotonicClock) -> "Shar
     return SharedQuotas(url, enforced.quotas, clock, say)
 
 
-async def _keep_limits(gate: Gate, run: GateRun, reload: asyncio.Event) -> None:
-    """Put a changed limits file in force; one that cannot be used changes nothing, and is told."""
+async def _keep_limits(gate: Gate, run: GateRun, reload: asyncio.Event, seen: Stamp | None) -> None:
+    """Put a changed limits file in force; one that cannot be used changes nothing, and is told.
+
+    ``seen``: the stamp of the file before it was first read, so that a change in between is noticed.
+    """
     path = run.limits.limits
-    seen = _stamp(path)
     while True:
         try:
             async with asyncio.timeout(_LOOK_EVERY_S):
@@ -150,7 +156,7 @@ async def _keep_limits(gate: Gate, run: GateRun, reload: asyncio.Event) -> None:
         await _compare_models(gate)
 
 
-def _stamp(path: str) -> tuple[int, int, int] | None:
+def _stamp(path: str) -> Stamp | None:
     """Changes whenever the file does; None where there is none to look at."""
     try:
         stat = Path(path).stat() if path else None

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loadstone.core.admission import Admission, AdmissionSettings
@@ -46,7 +47,9 @@ class Gate:
         self.enforced = enforced
         self.options = options
         self.permits = Permits(Admission(_admission_settings(enforced)), clock)
-        self.upstreams = Upstreams(self.permits, clock, options.dialing, log)
+        # A key that opens the gate is the gate's own, and goes no further.
+        dialing = replace(options.dialing, drop_authorization=options.api_keys is not None)
+        self.upstreams = Upstreams(self.permits, clock, dialing, log)
         self.front = Front(
             enforced,
             options,

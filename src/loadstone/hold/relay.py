@@ -313,8 +313,6 @@ class Relay:
             upstream.unreachable(failure.reason)
         else:
             upstream.broken(failure.reason)
-        if self.ended:
-            return
         if self.response.started:
             self._break_off(Outcome.UPSTREAM_ERROR, failure.reason)
         elif failure.stage is not Stage.REPLY and self._attempts < MOST_ATTEMPTS and self._another():

@@ -15,7 +15,8 @@ from loadstone.core.refusals import BadAskError
 
 _BYTES_PER_TOKEN = 4
 _AFFINITY_BYTES = 1024
-_GENERATES = ("/chat/completions", "/completions", "/responses")
+_GENERATES = ("/chat/completions", "/completions", "/responses", "/completion", "/messages")
+_DEFAULT_KEYS = {"/responses": "max_output_tokens", "/completion": "n_predict"}
 _JSON_ONLY = (*_GENERATES, "/embeddings", "/rerank", "/score", "/embed_text")
 _OUTPUT_KEYS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
 
@@ -90,7 +91,7 @@ def _generation(path: str, ask: _Ask, body: bytes, limits: Limits) -> Shaped:
         default = limits.default_output_tokens or most
         if default is not None:
             highest = default if most is None else min(default, most)
-            changes["max_output_tokens" if path.endswith("/responses") else "max_tokens"] = highest
+            changes[_DEFAULT_KEYS.get(path[path.rfind("/") :], "max_tokens")] = highest
     elif most is not None and highest > most:
         highest = most
         changes = {
