@@ -56,9 +56,9 @@ class _Engine:
 
 def sim_overload(bench: Bench) -> None:
     """A simulated engine, which shares a core with the load generator: it computes next to nothing."""
-    levels = ("--levels", "1,2,4,8,16,32,64,128")
+    levels = ("--levels", "1,2,4,8,16,32,64,128", "--min-gain", "0")
     with sim(bench.load_core, *_SIM) as server:
-        _overload(bench, _Engine("sim", server.url, bench.load_core, levels, 48, _TOKENS, 1000.0))
+        _overload(bench, _Engine("sim", server.url, bench.load_core, levels, 48, _TOKENS, 300.0))
 
 
 def llamacpp_overload(bench: Bench) -> None:

@@ -59,6 +59,45 @@ def test_room_first_then_the_queue_then_queue_full() -> None:
     assert (tickets[2].upstream, tickets[2].granted_ns, tickets[0].upstream) == ("u0", 5, None)
 
 
+def overloaded(admission: Admission, rounds: int) -> None:
+    """Twice what one slot takes is offered, for so many requests served."""
+    running = [admission.offer(want(), 0)]
+    for _ in range(rounds):
+        running += [ticket for ticket in (admission.offer(want(), 0), admission.offer(want(), 0)) if is_granted(ticket)]
+        running += admission.release(running.pop(0), 0)
+    for ticket in running:
+        admission.release(ticket, 0)
+
+
+def is_granted(ticket: Ticket) -> bool:
+    return ticket.state is State.GRANTED
+
+
+def burst(admission: Admission) -> int:
+    """How many of many at once may wait; all of it is over afterwards."""
+    tickets = [admission.offer(want(), 0) for _ in range(20)]
+    queued = admission.queued
+    for ticket in tickets:
+        admission.cancel(ticket, 0)
+    return queued
+
+
+def test_the_queue_is_shortened_while_overload_lasts_and_is_whole_again_afterwards() -> None:
+    admission = gate(1, max_queue=6, standing_queue=3)
+    assert burst(admission) == 6
+    overloaded(admission, 100)
+    assert burst(admission) == 3
+    for _ in range(200):
+        admission.release(admission.offer(want(), 0), 0)
+    assert burst(admission) == 6
+
+
+def test_a_queue_that_was_chosen_keeps_its_length_however_long_overload_lasts() -> None:
+    admission = gate(1, max_queue=6)
+    overloaded(admission, 200)
+    assert burst(admission) == 6
+
+
 def test_without_a_queue_nothing_waits_and_without_a_bound_all_do() -> None:
     assert states([gate(1, max_queue=0).offer(want(), 0)]) == "G"
     admission = gate(1, max_queue=0)

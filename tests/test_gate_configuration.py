@@ -42,6 +42,23 @@ def test_a_file_replaces_the_defaults_wholly() -> None:
     assert enforced.upstreams[0].max_concurrency == 150
 
 
+@pytest.mark.parametrize(
+    ("file", "flags", "standing"),
+    [
+        (MEASURED, LimitSettings(), 10),
+        (MEASURED, LimitSettings(max_queue=20), None),
+        (LimitsFile(Limits(max_concurrency=150, max_queue=1), [], EVIDENCE), LimitSettings(), 1),
+        (LimitsFile(Limits(max_concurrency=150, max_queue=0), [], EVIDENCE), LimitSettings(), None),
+        (LimitsFile(Limits(max_concurrency=150, max_queue=20)), LimitSettings(), None),
+        (None, LimitSettings(), None),
+    ],
+)
+def test_only_a_queue_that_was_measured_is_shortened_while_it_stands(
+    file: LimitsFile | None, flags: LimitSettings, standing: int | None
+) -> None:
+    assert enforce(file, "limits.toml", flags, [URL], NOW).standing_queue == standing
+
+
 def test_a_flag_beats_the_file_and_zero_is_no_bound() -> None:
     flags = LimitSettings(max_concurrency=10, max_queue=0, requests_per_minute=5, request_timeout_s=0)
     enforced = enforce(MEASURED, "limits.toml", flags, [URL], NOW)

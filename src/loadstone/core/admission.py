@@ -39,6 +39,9 @@ __all__ = ["Admission", "AdmissionSettings", "Refusal", "State", "Ticket", "Want
 
 _NS = 1_000_000_000
 _NONE: frozenset[str] = frozenset()
+_OVERLOADED = 0.1
+_MEMORY = 64
+"""Over so many requests the share of those refused fades."""
 # An enumeration's members are slow to read in Python 3.11, and these are read for every request.
 _QUEUED, _GRANTED, _REFUSED, _ENDED = State.QUEUED, State.GRANTED, State.REFUSED, State.ENDED
 
@@ -53,18 +56,23 @@ class AdmissionSettings:
     max_total: int | None = None
     """In flight over all upstreams."""
     slow_start_ns: int = 0
+    standing_queue: int | None = None
+    """Bound of the queue under lasting overload, while more than one in ten of the last requests were refused for it:
+    what a burst needs only delays everyone then. None: ``max_queue`` holds throughout."""
 
 
 class Admission:
     """The state machine. Upstream names that were never set raise KeyError."""
 
-    __slots__ = ("_drain", "_fair", "_places", "_settings", "_waiting")
+    __slots__ = ("_drain", "_fair", "_places", "_refused_share", "_settings", "_waiting")
 
     def __init__(self, settings: AdmissionSettings) -> None:
         self._places = Placement()
         self._fair = FairQueue()
         self._waiting = Waiting(self._fair)
         self._drain = Drain()
+        self._refused_share = 0.0
+        """Of the last requests, those that the queue had no room for."""
         self._set(settings)
 
     def _set(self, settings: AdmissionSettings) -> None:
@@ -119,6 +127,7 @@ class Admission:
         if want.tokens > places.largest_budget:
             return self._refuse(ticket, self._why_never(want))
         waiting = self._waiting
+        self._refused_share -= self._refused_share / _MEMORY
         if places.ramping and not waiting.by_age:
             places.grow(now_ns, self._settings.slow_start_ns)
         if not waiting.by_age or self._fair.leads(want.priority):
@@ -274,8 +283,13 @@ class Admission:
     def _why_not_wait(self, want: Want, now_ns: int) -> Refusal | None:
         """Of a newcomer that finds no place."""
         settings = self._settings
-        if settings.max_queue is not None and len(self._waiting.by_age) >= settings.max_queue:
-            return Refusal.QUEUE_FULL
+        bound = settings.max_queue
+        if bound is not None:
+            if settings.standing_queue is not None and self._refused_share > _OVERLOADED:
+                bound = settings.standing_queue
+            if len(self._waiting.by_age) >= bound:
+                self._refused_share += 1 / _MEMORY
+                return Refusal.QUEUE_FULL
         wait_s = self.expected_wait_s(want.client, want.priority, now_ns)
         if wait_s is None:
             return None

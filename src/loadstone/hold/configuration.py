@@ -35,6 +35,8 @@ class Enforced:
     upstreams: tuple[UpstreamPlan, ...]
     evidence: Evidence | None
     warnings: tuple[str, ...]
+    standing_queue: int | None = None
+    """Bound of the queue under lasting overload; None where the queue was not derived from a measured curve."""
 
     @property
     def quotas(self) -> QuotaSettings:
@@ -74,7 +76,15 @@ def enforce(
         raise UsageError("no upstream: give --upstream http://HOST:PORT, or [[upstream]] in the limits file")
     if evidence is not None and not flags.force:
         _check_line(plans, evidence, name)
-    return Enforced(limits, plans, evidence, tuple(_warnings(limits, evidence, name, now)))
+    warnings = tuple(_warnings(limits, evidence, name, now))
+    return Enforced(limits, plans, evidence, warnings, _standing_queue(limits, evidence, flags))
+
+
+def _standing_queue(limits: Limits, evidence: Evidence | None, flags: LimitSettings) -> int | None:
+    """Half of a derived queue: the whole of it puts the mean time to first token at its limit, so that under lasting
+    overload every second request would be served too late. A queue that somebody chose stays as it is."""
+    derived = evidence is not None and flags.max_queue is None
+    return max(1, limits.max_queue // 2) if derived and limits.max_queue else None
 
 
 def _overridden(limits: Limits, flags: LimitSettings) -> Limits:

@@ -201,6 +201,7 @@ def _admission_settings(enforced: Enforced) -> AdmissionSettings:
     limits = enforced.limits
     return AdmissionSettings(
         max_queue=limits.max_queue,
+        standing_queue=enforced.standing_queue,
         queue_timeout_ns=None if limits.queue_timeout_s is None else int(limits.queue_timeout_s * 1e9),
         slow_start_ns=_SLOW_START_NS,
     )
