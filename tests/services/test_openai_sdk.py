@@ -139,7 +139,7 @@ def test_a_spent_quota_is_a_rate_limit_error_with_its_time(engine: Running, monk
                 ask(client)
         assert (caught.value.status_code, caught.value.code) == (429, "rate_limit_exceeded")
         assert caught.value.type == "rate_limit_error"
-        assert "too many requests: 1 requests a minute are allowed" in caught.value.message
+        assert "too many requests: at most 1 requests per minute" in caught.value.message
         assert caught.value.response.headers["x-loadstone-reason"] == "rate_limited"
         assert len(waited_s) == 1
         assert 50 <= waited_s[0] <= 60
