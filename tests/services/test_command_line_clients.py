@@ -102,7 +102,7 @@ def test_curl_asks_for_the_head_alone(engine: Running, path: str) -> None:
         length = int(re.search(r"(?i)content-length: (\d+)", head).group(1))  # type: ignore[union-attr]
         whole = run("curl", "-sS", gate.url + path).stdout
         # Figures move between the two.
-        assert length == len(whole.encode()) or path in ("/stats", "/metrics")
+        assert length == len(whole.encode()) or path in ("/health", "/stats", "/metrics")
 
 
 def test_curl_sends_a_large_body_once_it_is_told_to(engine: Running, tmp_path: Path) -> None:
