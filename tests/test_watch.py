@@ -192,7 +192,10 @@ def test_the_live_screen_keeps_the_last_figures_while_the_gate_is_away() -> None
             stopped.set()
         response.reply(*((200, [], reply) if asked == 1 else (502, [], b"")))
 
-    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=100, height=50)
+    terminal = {"TERM": "xterm"}  # whatever this machine's is
+    console = Console(
+        file=io.StringIO(), force_terminal=True, color_system=None, width=100, height=50, _environ=terminal
+    )
 
     async def main() -> None:
         server = HttpServer(handle)
