@@ -22,6 +22,7 @@ from loadstone.hold.options import GateOptions
 from loadstone.wire.clock import MonotonicClock
 from loadstone.wire.server import HttpServer, IncomingRequest, Response
 from loadstone.wire.server_connection import ServerConnection
+from wire_servers import turns_until
 
 CHAT = "/v1/chat/completions"
 ASK = b'{"model": "m", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}'
@@ -55,12 +56,9 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 async def until(reached: Callable[[], object]) -> None:
     """Let the loop turn until it has come to that."""
-    turns = 0
     try:
         async with asyncio.timeout(PATIENCE_S):
-            while not reached():
-                turns += 1
-                await asyncio.sleep(0 if turns < 1000 else 0.001)
+            await turns_until(reached)
     except TimeoutError:
         raise AssertionError("it did not come to that") from None
 

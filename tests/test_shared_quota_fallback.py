@@ -2,29 +2,15 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
 
 import pytest
 
-from loadstone.core.clock import Timer
 from loadstone.core.errors import UsageError
 from loadstone.core.quota import Exceeded, QuotaSettings, Reservation
 from loadstone.hold.shared_quota import SharedQuotas
+from set_clock import SetClock
 
 S = 1_000_000_000
-
-
-class SetClock:
-    """``core.clock.Clock`` that stands where the test puts it."""
-
-    def __init__(self) -> None:
-        self.ns = 0
-
-    def now_ns(self) -> int:
-        return self.ns
-
-    def call_at(self, when_ns: int, callback: Callable[[], object]) -> Timer:
-        raise AssertionError("quotas arm no timer")
 
 
 class Listener:

@@ -15,23 +15,16 @@ from loadstone.wire.upstream import Failure, Head, Stage, UpstreamCall, Upstream
 from upstream_heard import (
     CHUNKED,
     CONTINUE,
-    LOOPS,
     REQUEST,
     Heard,
     Run,
     ask,
     origin,
     pool_of,
-    runner,
     split,
     trickle,
 )
 from wire_servers import OK, Script, answering, read_request, serving, turns_until
-
-
-@pytest.fixture(params=LOOPS.values(), ids=LOOPS.keys())
-def run(request: pytest.FixtureRequest) -> Run:
-    return runner(request.param)
 
 
 def unused_port() -> int:

@@ -11,7 +11,6 @@ import pytest
 from loadstone.wire.tls import client_context
 from loadstone.wire.upstream import Head, Stage, UpstreamCall, UpstreamPool
 from upstream_heard import (
-    LOOPS,
     REQUEST,
     Heard,
     Run,
@@ -19,15 +18,8 @@ from upstream_heard import (
     origin,
     pool_of,
     reply,
-    runner,
 )
 from wire_servers import OK, answering, read_request, serving, turns_until
-
-
-@pytest.fixture(params=LOOPS.values(), ids=LOOPS.keys())
-def run(request: pytest.FixtureRequest) -> Run:
-    return runner(request.param)
-
 
 TLS_FOLDER = Path(__file__).with_name("data") / "tls"
 

@@ -13,21 +13,13 @@ from upstream_heard import (
     CHUNKED,
     CONTINUE,
     HEAD_REQUEST,
-    LOOPS,
     Run,
     ask,
     pool_of,
     reply,
-    runner,
     split,
 )
 from wire_servers import OK, answering, serving
-
-
-@pytest.fixture(params=LOOPS.values(), ids=LOOPS.keys())
-def run(request: pytest.FixtureRequest) -> Run:
-    return runner(request.param)
-
 
 REPLIES: dict[str, tuple[bytes, int, bytes, bool]] = {
     "length": (OK, 200, b"{}", True),

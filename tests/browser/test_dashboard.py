@@ -14,24 +14,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from chromium import FLAGS
 from loadstone.hold.api_keys import is_admin
 from loadstone.hold.dashboard import page
 from loadstone.wire.server import HttpServer, IncomingRequest, Response
 from made_stats import HOSTILE, MadeGate
 
-_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1500,2400",
-    "--virtual-time-budget=9000",
-    "--dump-dom",
-)
+_FLAGS = (*FLAGS, "--window-size=1500,2400", "--virtual-time-budget=9000")
 _JSON = (b"content-type", b"application/json")
 _KEY = "s3cret"
 

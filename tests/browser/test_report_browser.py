@@ -12,20 +12,10 @@ from pathlib import Path
 import pytest
 
 import report_runs as runs
+from chromium import FLAGS
 from loadstone.report.page import write_report
 
-_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--virtual-time-budget=5000",
-    "--dump-dom",
-)
+_FLAGS = (*FLAGS, "--virtual-time-budget=5000")
 
 _LISTEN = """<script>
 window.problems = [];

@@ -11,9 +11,9 @@ import pytest
 import redis
 import redis.asyncio
 
-from loadstone.core.clock import Timer
 from loadstone.core.quota import Exceeded, Quotas, QuotaSettings, Reservation
 from loadstone.hold.shared_quota import SharedQuotas
+from set_clock import SetClock
 
 S = 1_000_000_000
 SETTINGS = QuotaSettings(10, 100, 1000)
@@ -63,19 +63,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(program, tmp_path_factory.mktemp("redis"))
     yield server
     server.stop()
-
-
-class SetClock:
-    """``core.clock.Clock`` that stands where the test puts it: only the fallback asks it."""
-
-    def __init__(self) -> None:
-        self.ns = 0
-
-    def now_ns(self) -> int:
-        return self.ns
-
-    def call_at(self, when_ns: int, callback: Callable[[], object]) -> Timer:
-        raise AssertionError("quotas arm no timer")
 
 
 class Gates:
