@@ -183,12 +183,14 @@ def test_the_record_counts_from_the_actual_send() -> None:
     [
         ("embeddings", b'{"data":[{"embedding":[0.1]}],"usage":{"prompt_tokens":9,"total_tokens":9}}', 9),
         ("rerank", b'{"results":[{"index":0,"relevance_score":0.5}],"usage":{"total_tokens":11}}', 11),
+        ("embed_text", b'{"embeddings":[[0.1]],"dim":1,"model":"m"}', None),
+        ("embed_image", b'{"embeddings":[[0.1]],"dim":1,"usage":{"prompt_tokens":5}}', 5),
     ],
 )
-def test_pooling_replies(name: str, body: bytes, tokens: int) -> None:
+def test_pooling_replies(name: str, body: bytes, tokens: int | None) -> None:
     reply = read(exchange_of(body, content_type=JSON), ENDPOINTS[name])
     assert (reply.outcome, reply.input_tokens) == (Outcome.OK, tokens)
-    assert read(exchange_of(b'{"data":[],"results":[]}', content_type=JSON), ENDPOINTS[name]).error
+    assert read(exchange_of(b'{"data":[],"results":[],"embeddings":[]}', content_type=JSON), ENDPOINTS[name]).error
 
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.sampled_from([True, False]))
@@ -235,6 +237,10 @@ def test_bodies() -> None:
         "max_tokens": 9,
     }
     assert build("embeddings", Prompt(("a", "b")), plain) == {"model": "m", "input": ["a", "b"]}
+    assert build("embed_text", Prompt(("a",)), plain) == {"text": "a"}
+    assert build("embed_text", Prompt(("a", "b")), plain) == {"texts": ["a", "b"]}
+    assert build("embed_image", Prompt(("iVBO",)), plain) == {"image": "iVBO"}
+    assert build("embed_image", Prompt(("iVBO", "iVBP")), plain) == {"images": ["iVBO", "iVBP"]}
     assert build("rerank", Prompt(("q", "a", "b")), plain) == {"model": "m", "query": "q", "documents": ["a", "b"]}
     chat = Prompt(messages=[{"role": "system", "content": "s"}])
     assert build("chat", chat, BodyOptions(model="m", stream=False), None) == {

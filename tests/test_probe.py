@@ -186,14 +186,15 @@ def test_a_stray_error_is_no_verdict() -> None:
 
 def test_the_first_model() -> None:
     server = FakeServer()
-    assert asyncio.run(first_model(server.fetch)) == "m"
+    assert asyncio.run(first_model(server.fetch, ENDPOINTS["chat"])) == "m"
     for body in (b'{"data":[]}', b"<html>"):
         server.models = Answer(200, body)
         with pytest.raises(RefusedError, match="--model"):
-            asyncio.run(first_model(server.fetch))
+            asyncio.run(first_model(server.fetch, ENDPOINTS["chat"]))
+        assert asyncio.run(first_model(server.fetch, ENDPOINTS["embed_text"])) == "unnamed"
     server.models = Answer(401, b"")
     with pytest.raises(RefusedError, match="--api-key"):
-        asyncio.run(first_model(server.fetch))
+        asyncio.run(first_model(server.fetch, ENDPOINTS["chat"]))
 
 
 def test_waiting_until_the_server_is_ready() -> None:

@@ -1,6 +1,9 @@
 """Workloads: exact lengths, new text for each request, custom files without repeats."""
 
+import base64
 import json
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from loadstone.core.api import ENDPOINTS
 from loadstone.core.api.endpoint import BodyOptions
 from loadstone.core.errors import UsageError
 from loadstone.core.records import Outcome, RequestRecord
+from loadstone.measure.pictures import PictureTexts
 from loadstone.measure.texts import Sizing, WordTexts, pick_words, sizing_through
 from loadstone.measure.tokens import (
     FittedTexts,
@@ -86,6 +90,35 @@ def test_texts_in_a_request(name: str, sequences: int, tokens: int) -> None:
         assert {len(document.split()) for document in body["documents"]} == {100}
         assert len(set(body["documents"])) == sequences
     assert request.output_tokens == (128 if name == "chat" else None)
+
+
+def test_images_in_a_request() -> None:
+    settings = WorkloadSettings(batch_size=2)
+    workload = RandomWorkload(settings, PictureTexts(0), ENDPOINTS["embed_image"], "/embed_image", OPTIONS)
+    requests = [workload.request(level, index) for level in range(2) for index in range(3)]
+    assert {(request.sequences, request.input_tokens, request.output_tokens) for request in requests} == {
+        (2, None, None)
+    }
+    images = [image for request in requests for image in msgspec.json.decode(request.body)["images"]]
+    assert len(set(images)) == 12
+    assert workload.request(1, 2) == requests[-1]
+
+
+def test_a_picture_is_a_png() -> None:
+    png = base64.b64decode(PictureTexts(3).text(0, 0, 0))
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", png[16:24]) == (256, 256)
+    kinds, at, pixels = [], 8, b""
+    while at < len(png):
+        (length,) = struct.unpack(">I", png[at : at + 4])
+        kind, data = png[at + 4 : at + 8], png[at + 8 : at + 8 + length]
+        assert struct.unpack(">I", png[at + 8 + length : at + 12 + length]) == (zlib.crc32(kind + data),)
+        kinds.append(kind)
+        pixels += data if kind == b"IDAT" else b""
+        at += length + 12
+    assert kinds == [b"IHDR", b"IDAT", b"IEND"]
+    assert len(zlib.decompress(pixels)) == 256 * (1 + 3 * 256)
+    assert len(png) < 8_000
 
 
 @given(st.integers(1, 3000), st.integers(0, 60), st.sampled_from([1, 5]))
@@ -243,6 +276,7 @@ def test_output_lengths_of_custom(tmp_path: Path) -> None:
         ([{"messages": [{}]}], "completions", "completions needs"),
         ([{"prompt": "a"}], "rerank", "documents"),
         ([{"prompt": 7}], "chat", "line 1"),
+        ([{"prompt": "a"}], "embed_image", "line 1: embed_image needs"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, lines: list[Any], name: str, text: str) -> None:

@@ -29,7 +29,8 @@ class BenchSettings:
     backend: Annotated[str, _SERVER] = "openai"
     """vllm, openai, openai-chat, openai-embeddings, vllm-pooling, vllm-rerank or infinity-embeddings."""
     endpoint: Annotated[str | None, _SERVER] = None
-    """Path such as /v1/completions, or chat, completions, embeddings, rerank; the backend's own by default."""
+    """Path such as /v1/completions, or chat, completions, embeddings, rerank, embed_text, embed_image; by default the
+    backend's own."""
     model: Annotated[str | None, _SERVER] = None
     """Model name; by default the first that /v1/models lists."""
     served_model_name: Annotated[str | None, _SERVER] = None

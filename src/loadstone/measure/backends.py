@@ -21,6 +21,8 @@ _FAMILIES = {
     "/embeddings": "embeddings",
     "/pooling": "embeddings",
     "/rerank": "rerank",
+    "/embed_text": "embed_text",
+    "/embed_image": "embed_image",
 }
 """End of a path → endpoint family; the first that fits."""
 

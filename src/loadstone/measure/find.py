@@ -145,7 +145,7 @@ async def make_ready(
     endpoint = endpoint_of(settings.server.endpoint)
     workload = workload_settings(settings.data)
     tokenizer = load_tokenizer(settings.data.tokenizer) if settings.data.tokenizer else None
-    model = settings.server.model or await first_model(server.fetch)
+    model = settings.server.model or await first_model(server.fetch, endpoint)
     options = BodyOptions(
         model=model, ignore_eos=settings.data.dataset_name == "random", extra=extra_body(settings.server.extra_body)
     )
@@ -349,15 +349,23 @@ def settings_of(document: Mapping[str, Any], name: str) -> FindSettings:
         raise UsageError(f"{name}: the settings cannot be read ({error})") from None
 
 
+_BACKENDS = {
+    "chat": "openai-chat",
+    "completions": "openai",
+    "embeddings": "openai-embeddings",
+    "rerank": "vllm-rerank",
+}
+"""What vLLM's benchmark calls an endpoint family; it does not know the others."""
+
+
 def level_json(data: LevelData, settings: FindSettings, request_rate: float = math.inf) -> dict[str, Any]:
     """The benchmark JSON over the whole level, what we cut left out."""
     meta = data.meta
     records = [record for record in data.records if record.outcome is not Outcome.CUT]
-    backend = {"chat": "openai-chat", "completions": "openai", "embeddings": "openai-embeddings"}
-    pooling = meta.endpoint in ("embeddings", "rerank")
+    pooling = not ENDPOINTS[meta.endpoint].streams
     result_settings = ResultSettings(
         date=datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
-        backend=backend.get(meta.endpoint, "vllm-rerank"),
+        backend=_BACKENDS.get(meta.endpoint, meta.endpoint),
         model_id=settings.server.model,
         num_prompts=len(records),
         tokenizer_id=settings.data.tokenizer or None,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from loadstone.core.api.endpoint import BodyOptions, Endpoint
 from loadstone.measure.calibrate import calibrate
+from loadstone.measure.pictures import PictureTexts
 from loadstone.measure.probe import Fetch, ProbeResult, Send, probe
 from loadstone.measure.tokens import Tokenizer, texts_for
 from loadstone.measure.workload import CustomWorkload, RandomWorkload, Workload, WorkloadSettings, load_rows
@@ -39,6 +40,9 @@ async def prepare(
     if settings.dataset_name == "custom":
         custom = CustomWorkload(settings, rows, endpoint, path, probed.options, used_rows)
         return Prepared(custom, probed, probed.notes)
+    if endpoint.name == "embed_image":
+        pictures = PictureTexts(settings.seed)
+        return Prepared(RandomWorkload(settings, pictures, endpoint, path, probed.options), probed, probed.notes)
     if tokenizer is not None:
         texts = texts_for(tokenizer, settings.seed, settings.prefix_len)
         return Prepared(RandomWorkload(settings, texts, endpoint, path, probed.options), probed, probed.notes)

@@ -17,6 +17,7 @@ from loadstone.core.api.reading import Reply, read
 from loadstone.core.errors import LoadstoneError, RefusedError, UnreachableError
 from loadstone.core.records import Outcome
 from loadstone.core.target import Break, Exchange, Request
+from loadstone.measure.pictures import PictureTexts
 from loadstone.measure.texts import PROBES, pick_words
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ Send = Callable[[Request], Awaitable[Exchange]]
 """Sends one request and waits for its end; a failure is in the exchange."""
 
 PROBE_WORDS = 8
+UNNAMED = "unnamed"
 PROBE_OUTPUT_TOKENS = 4
 _TRIES = 3
 _PAUSE_S = 0.5
@@ -72,7 +74,9 @@ class Rehearsal:
 
 
 def probe_prompt(endpoint: Endpoint, words: int, position: int = 0) -> Prompt:
-    """A prompt of ``words`` words; for rerank that is the document, behind a short query."""
+    """A prompt of ``words`` words; for rerank that is the document, behind a short query; an image has none."""
+    if endpoint.name == "embed_image":
+        return Prompt((PictureTexts(0).text(PROBES, position, 0),))
     text = " ".join(pick_words(0, PROBES, position, words))
     return Prompt(("what", text)) if endpoint.name == "rerank" else Prompt((text,))
 
@@ -144,13 +148,16 @@ async def rehearse(send: Send, endpoint: Endpoint, request: Request) -> Rehearsa
     )
 
 
-async def first_model(fetch: Fetch) -> str:
-    """The first model that ``/v1/models`` names; raises RefusedError where it names none, UnreachableError."""
+async def first_model(fetch: Fetch, endpoint: Endpoint) -> str:
+    """The first model that ``/v1/models`` names; where it names none, ``unnamed`` if a request need not say which it
+    is for. Raises RefusedError, UnreachableError."""
     try:
         names = await model_names(fetch)
     except UnreachableError as error:
         remedy = "is the server running? check --base-url (host, port, http or https)"
         raise UnreachableError(f"no list of models: {error}; {remedy}") from None
+    if not names and not endpoint.names_model:
+        return UNNAMED
     if not names:
         raise RefusedError("the server names no model at /v1/models; give --model NAME")
     return names[0]

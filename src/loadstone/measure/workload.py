@@ -42,7 +42,7 @@ class WorkloadSettings:
     prefix_len: int = 0
     """A prefix that all prompts share, on top of ``input_len``."""
     batch_size: int | None = None
-    """Texts in one embeddings request (1), documents in one rerank request (8)."""
+    """Texts or images in one embeddings request (1), documents in one rerank request (8)."""
     custom_output_len: int | None = None
     """For ``custom``: overrides what the lines say."""
     shuffle: bool = True
@@ -127,7 +127,7 @@ class RandomWorkload:
             path=self.path,
             body=self.endpoint.build(Prompt(tuple(texts)), output_tokens, self.options),
             index=index,
-            input_tokens=tokens,
+            input_tokens=None if self.endpoint.name == "embed_image" else tokens,
             output_tokens=output_tokens if self.endpoint.streams else None,
             sequences=count,
         )
@@ -140,6 +140,8 @@ class Row(msgspec.Struct):
     messages: list[JsonObject] | None = None
     query: str | None = None
     documents: list[str] | None = None
+    image: str | list[str] | None = None
+    """In base64."""
     output_tokens: int | None = None
 
 
@@ -171,10 +173,14 @@ def _prompt(row: Row, endpoint: Endpoint) -> Prompt:
         return Prompt((row.query, *row.documents))
     if endpoint.name == "chat" and row.messages:
         return Prompt(messages=row.messages)
-    if isinstance(row.prompt, str):
+    if isinstance(row.prompt, str) and endpoint.name != "embed_image":
         return Prompt((row.prompt,))
-    if endpoint.name == "embeddings" and row.prompt:
+    if endpoint.name == "embed_image" and row.image:
+        return Prompt((row.image,) if isinstance(row.image, str) else tuple(row.image))
+    if endpoint.name in ("embeddings", "embed_text") and row.prompt:
         return Prompt(tuple(row.prompt))
+    if endpoint.name == "embed_image":
+        raise UsageError('embed_image needs {"image": BASE64}')
     also = ' or {"messages": […]}' if endpoint.name == "chat" else ""
     raise UsageError(f'{endpoint.name} needs {{"prompt": …}}{also}')
 

@@ -17,7 +17,8 @@ OPTIONAL_FIELDS = ("stream_options", "ignore_eos", "min_tokens")
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """What is asked. chat and completions: one text; embeddings: one or more; rerank: the query, then the documents."""
+    """What is asked. chat and completions: one text; embeddings: one or more, images in base64
+    among them; rerank: the query, then the documents."""
 
     texts: tuple[str, ...] = ()
     messages: list[JsonObject] | None = None
@@ -68,6 +69,7 @@ class Document(msgspec.Struct):
     error: Any = None
     data: list[msgspec.Raw] | None = None
     results: list[msgspec.Raw] | None = None
+    embeddings: list[msgspec.Raw] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Endpoint:
     """Whether a choice carries content, reasoning or a tool call (a role or an empty string is none of them)."""
     answered: Callable[[Document], bool]
     """Whether a whole reply is an answer of this endpoint."""
+    names_model: bool = True
+    """A request says which model it is for."""
 
     def build(self, prompt: Prompt, output_tokens: int | None, options: BodyOptions) -> bytes:
         """The JSON body of one request."""
