@@ -51,9 +51,14 @@ def running_child(
 
 def free_port() -> int:
     """A port of the loopback that nobody listens on at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of the loopback that nobody listens on at this moment."""
+    with contextlib.ExitStack() as held:
+        listeners = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 def _await_ready(name: str, process: subprocess.Popen[bytes], port: int, log_path: Path, timeout_s: float) -> None:
