@@ -17,6 +17,7 @@ check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint docker/*.Dockerfile
 
 tests: $(READY)
 	$(VENV)/bin/python -m pytest
@@ -41,4 +42,5 @@ clean:
 	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 include services.mk
+include models.mk
 include vllm.mk
