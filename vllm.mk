@@ -4,7 +4,7 @@ VLLM_ENV := .venv-vllm
 
 .PHONY: test-vllm
 test-vllm: $(VLLM_ENV)/ready
-	.venv/bin/python -m pytest tests/vllm/against_vllm.py
+	.venv/bin/python -m pytest tests/vllm/against_*.py
 
 $(VLLM_ENV)/ready: tests/vllm/requirements.txt
 	python3 -m venv --clear $(VLLM_ENV)

@@ -63,7 +63,7 @@ def free_ports(count: int) -> list[int]:
 
 def _await_ready(name: str, process: subprocess.Popen[bytes], port: int, log_path: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while not _healthy(port):
+    while not healthy(port):
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = process.wait(_POLL_S)
             raise UnreachableError(f"{name} ended with status {status} before it was ready; {_end_of(log_path)}")
@@ -71,7 +71,8 @@ def _await_ready(name: str, process: subprocess.Popen[bytes], port: int, log_pat
             raise UnreachableError(f"{name} was not ready after {timeout_s:.0f} s; {_end_of(log_path)}")
 
 
-def _healthy(port: int) -> bool:
+def healthy(port: int) -> bool:
+    """Does ``/health`` answer 200 on that port of the loopback?"""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
     try:
         connection.request("GET", "/health")

@@ -11,61 +11,88 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from loadstone.core.errors import UsageError
 from loadstone.serve.child import running_child
-from loadstone.serve.cores import pinned_to
+from loadstone.serve.cores import available_cores, pinned_to
 
 MODEL_NAME = "loadstone-tiny-random"
+DEFAULT_CONTEXT_TOKENS = 4096
+"""Of one slot. llama.cpp lowers it to what the model was made for."""
 _HTTP_THREADS = 256
 """Each open connection occupies one thread: with fewer, /metrics and /health wait behind the streams."""
 _WARNINGS = 2
 """llama.cpp's log level: at the next one it writes a line for each request."""
 
 
+@dataclass(frozen=True)
+class Slots:
+    """How one llama.cpp server runs."""
+
+    parallel: int
+    """Requests decoded together; what comes beyond them waits inside the engine."""
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS
+    """Room of each of them, prompt and reply together."""
+    cores: frozenset[int] = frozenset()
+    """Cores that it computes on, a thread each; all that it may run on where none is named."""
+    alias: str = MODEL_NAME
+    """What clients call the model; llama.cpp answers to any name."""
+    reuse_prompts: bool = False
+    """Keep the beginning of a slot's last prompt for the next one: right for a service. A measurement must not, as a
+    prompt seen before has to cost what a new one costs, or the later levels look better."""
+
+
 @contextlib.contextmanager
 def running_engine(
     model_path: Path, *, parallel: int, context_tokens: int, cores: frozenset[int], log_path: Path
 ) -> Iterator[str]:
-    """Run llama.cpp on ``model_path`` for the length of the ``with`` block; gives its base URL once it is ready.
-
-    ``parallel`` requests are decoded together, each with room for ``context_tokens``; what comes beyond them waits
-    inside the engine. Raises UsageError where xllamacpp is not installed, UnreachableError where the engine dies or
+    """Run llama.cpp on ``model_path`` for the length of the ``with`` block, as it is to be measured; gives its base URL
+    once it is ready. Raises UsageError where xllamacpp is not installed, UnreachableError where the engine dies or
     does not get ready.
     """
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise UsageError("the embedded engine needs xllamacpp: pip install 'loadstone[llamacpp]'")
-
-    def command(port: int) -> list[str]:
-        return [
-            *(sys.executable, "-m", __spec__.name, "--model", str(model_path), "--port", str(port)),
-            *("--parallel", str(parallel), "--context-tokens", str(context_tokens)),
-            *("--cores", ",".join(map(str, sorted(cores)))),
-        ]
-
-    with running_child("llama.cpp", command, log_path) as base_url:
+    check_installed()
+    slots = Slots(parallel, context_tokens, cores)
+    with running_child("llama.cpp", lambda port: command(model_path, port, slots), log_path) as base_url:
         yield base_url
 
 
-def serve(model_path: Path, port: int, parallel: int, context_tokens: int, cores: frozenset[int]) -> None:
+def check_installed() -> None:
+    """Raises UsageError where xllamacpp is not installed."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise UsageError("the embedded engine needs xllamacpp: pip install 'loadstone[llamacpp]'")
+
+
+def command(model_path: Path, port: int, slots: Slots) -> list[str]:
+    """The command line that serves ``model_path`` on ``port`` of the loopback until standard input is closed."""
+    told = [
+        *(sys.executable, "-m", __spec__.name, "--model", str(model_path), "--port", str(port)),
+        *("--parallel", str(slots.parallel), "--context-tokens", str(slots.context_tokens), "--alias", slots.alias),
+    ]
+    if slots.cores:
+        told += ["--cores", ",".join(map(str, sorted(slots.cores)))]
+    return [*told, "--reuse-prompts"] if slots.reuse_prompts else told
+
+
+def serve(model_path: Path, port: int, slots: Slots) -> None:
     """Serve on ``port`` of the loopback until standard input is closed: the body of the child process."""
     xllamacpp = importlib.import_module("xllamacpp")
+    cores = slots.cores or available_cores()
     params = xllamacpp.CommonParams()
     params.model.path = str(model_path)
-    params.model_alias = {MODEL_NAME}
+    params.model_alias = {slots.alias}
     params.hostnames = ["127.0.0.1"]
     params.port = port
-    params.n_parallel = parallel
-    params.n_ctx = parallel * context_tokens
+    params.n_parallel = slots.parallel
+    params.n_ctx = slots.parallel * slots.context_tokens
     params.n_threads_http = _HTTP_THREADS
     params.cpuparams.n_threads = len(cores)
     params.cpuparams_batch.n_threads = len(cores)
     params.endpoint_metrics = True
     params.verbosity = _WARNINGS
-    # A prompt seen before must cost what a new one costs, or the later levels of a measurement look better.
-    params.cache_prompt = False
-    params.cache_ram_mib = 0
+    params.cache_prompt = slots.reuse_prompts
+    params.cache_ram_mib = 0  # else it keeps the prompts of all slots in up to 8 GiB
     with pinned_to(cores):  # the engine's threads inherit it
         server = xllamacpp.Server(params)
     print("serving on", server.listening_address, file=sys.stderr, flush=True)
@@ -84,10 +111,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--parallel", type=int, required=True)
-    parser.add_argument("--context-tokens", type=int, required=True)
-    parser.add_argument("--cores", required=True, help="comma-separated core numbers")
+    parser.add_argument("--context-tokens", type=int, default=DEFAULT_CONTEXT_TOKENS, help="of each slot")
+    parser.add_argument("--alias", default=MODEL_NAME, help="what clients call the model")
+    parser.add_argument("--cores", type=_cores, default=frozenset(), help="comma-separated core numbers")
+    parser.add_argument("--reuse-prompts", action="store_true", help="keep the beginning of a prompt for the next one")
     told = parser.parse_args()
-    serve(told.model, told.port, told.parallel, told.context_tokens, _cores(told.cores))
+    slots = Slots(told.parallel, told.context_tokens, told.cores, told.alias, told.reuse_prompts)
+    serve(told.model, told.port, slots)
 
 
 if __name__ == "__main__":
