@@ -8,7 +8,7 @@ from pathlib import Path
 from cyclopts import App
 from cyclopts.argument import Argument
 
-from loadstone.cli.main import build_app
+from loadstone.cli.main import build_app, command_of, known_flags
 from loadstone.cli.presets import HELP as PRESET_HELP
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -33,8 +33,7 @@ bottleneck · 130 interrupted, with everything measured on disk.
 def generate() -> str:
     """The whole page."""
     app = build_app()
-    verbs = [name for name in app if not name.startswith("-")]
-    sections = (line for verb in verbs for line in _section(verb, app[verb]))
+    sections = (line for verb in known_flags() for line in _section(verb, command_of(app, verb)))
     return "\n".join([_INTRO, *sections, "## Presets\n", PRESET_HELP])
 
 

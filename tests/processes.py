@@ -118,7 +118,7 @@ def loadstone(*words: object) -> "subprocess.CompletedProcess[str]":
 
 def clean() -> dict[str, str]:
     """The environment, without settings of the caller's that would change what is tested."""
-    ours = ("LOADSTONE_", "OPENAI_", "MAX_", "WORKERS", "THREADS")
+    ours = ("LOADSTONE_", "OPENAI_", "MAX_", "WORKERS", "THREADS", "GPU_MEMORY_", "TENSOR_PARALLEL_")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 

@@ -15,7 +15,10 @@ ALLOWED = {
     **{part: {"core", "wire", part} for part in PARTS},
     "cli": {"core", "wire", "cli", *PARTS},
 }
-HEAVY = ("matplotlib", "numpy", "torch", "transformers", "xllamacpp", "gguf", "tokenizers", "pynvml", "vllm", "ray")
+HEAVY = (
+    *("matplotlib", "numpy", "torch", "torchao", "transformers", "sentence_transformers", "xllamacpp", "gguf"),
+    *("tokenizers", "pynvml", "vllm", "ray", "PIL", "httpcore2", "starlette", "uvicorn", "redis"),
+)
 """Imported inside the one module that needs them, never by starting the command line."""
 
 

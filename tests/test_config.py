@@ -29,6 +29,8 @@ def settings(text: str, verb: str = "find") -> Mapping[str, Any]:
         ("levels = [1, 2, 5]", "rate", {"levels": "1,2,5"}),
         ("slo = ['tpot:p99:50', 'itl:mean:9']", "find", {"slo": ["tpot:p99:50", "itl:mean:9"]}),
         ("tolerance = 0.1", "compare", {"tolerance": 0.1}),
+        ("port = 1\n[serve.embed]\nport = 2\nworkers = 3", "serve embed", {"port": 2, "workers": 3}),
+        ("port = 1\n[serve.embed]\nport = 2\nworkers = 3", "serve chat", {"port": 1}),
     ],
 )
 def test_what_holds_for_a_verb(text: str, verb: str, holds: Mapping[str, Any]) -> None:
@@ -42,6 +44,9 @@ def test_what_holds_for_a_verb(text: str, verb: str, holds: Mapping[str, Any]) -
         ("preset = 'quick'", "my.toml: no command knows the key preset"),
         ("[find]\nnum-prompts = 3", "my.toml: loadstone find does not know the key num-prompts"),
         ("[find.levels]\nlow = 3", "my.toml: loadstone find does not know the key levels"),
+        ("[serve.chat]\nqueue = 3", "my.toml: loadstone serve chat does not know the key queue"),
+        ("[serve]\nport = 3", "my.toml: no command is called [serve]; there are demo, find"),
+        ("[serve.images]\nport = 3", "my.toml: no command is called [serve images]; there are"),
         ("[seed]\nlow = 3", "my.toml: no command is called [seed]; there are demo, find, bench"),
     ],
 )

@@ -42,6 +42,28 @@ def test_a_file_replaces_the_defaults_wholly() -> None:
     assert enforced.upstreams[0].max_concurrency == 150
 
 
+@pytest.mark.parametrize(("total", "shares"), [(3, [2, 1]), (4, [2, 2]), (2, [1, 1])])
+def test_replicas_of_one_service_share_its_limit(total: int, shares: list[int]) -> None:
+    flags, urls = LimitSettings(max_concurrency=total), [URL, "http://127.0.0.1:8002"]
+    plans = enforce(None, "", flags, urls, NOW, together=True).upstreams
+    assert [plan.max_concurrency for plan in plans] == shares
+    with pytest.raises(UsageError, match="1 in flight for 2 replicas: lower --workers to 1, or raise the limit"):
+        enforce(None, "", LimitSettings(max_concurrency=1), urls, NOW, together=True)
+    unbound = enforce(None, "", LimitSettings(max_concurrency=0), urls, NOW, together=True).upstreams
+    assert [plan.max_concurrency for plan in unbound] == [None, None]
+
+
+def test_a_limit_of_the_whole_service_is_held_against_the_line_before_it_is_shared() -> None:
+    with pytest.raises(UsageError, match="above the measured line of 200"):
+        enforce(MEASURED, "f", LimitSettings(max_concurrency=201), [URL, "http://b:1"], NOW, together=True)
+
+
+def test_a_long_queue_is_no_matter_where_nothing_is_generated() -> None:
+    flags = LimitSettings(max_queue=1024)
+    assert "before a chat model is long" in enforce(None, "", flags, [URL], NOW).warnings[0]
+    assert enforce(None, "", flags, [URL], NOW, chat=False).warnings == ()
+
+
 @pytest.mark.parametrize(
     ("file", "flags", "standing"),
     [

@@ -143,6 +143,16 @@ def test_health_tells_the_configuration_in_force() -> None:
     run(main())
 
 
+def test_health_tells_of_the_model_service_behind_it() -> None:
+    async def main() -> None:
+        options = GateOptions(service=lambda: {"engine": "llamacpp", "max_num_seqs": 8})
+        async with gate_before(answers, options=options) as (rig, _servers):
+            document = (await rig.once(http("GET", "/health", b""))).document
+            assert (document["status"], document["engine"], document["max_num_seqs"]) == ("ok", "llamacpp", 8)
+
+    run(main())
+
+
 async def _every_outcome(rig: Rig, server: object) -> dict[str, int]:
     """Have requests end in as many ways as one server allows; returns how many of each."""
     limits = {"ok": 0, "upstream_error": 0, "bad_request": 0}

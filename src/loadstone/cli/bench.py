@@ -92,7 +92,8 @@ async def _measure(settings: BenchSettings, setup: "Setup") -> "tuple[Setup, Pla
     )
     try:
         if not setup.result.model_id:
-            model = await when_ready(lambda: first_model(target.fetch, setup.endpoint), settings.ready_check_timeout_sec)
+            endpoint = setup.endpoint
+            model = await when_ready(lambda: first_model(target.fetch, endpoint), settings.ready_check_timeout_sec)
             tokenizer_id = setup.result.tokenizer_id or model
             setup = replace(setup, result=replace(setup.result, model_id=model, tokenizer_id=tokenizer_id))
         options = setup.body_options(settings.served_model_name or setup.result.model_id)

@@ -6,7 +6,7 @@ and beat the top level. A flag beats the environment, which beats the file.
 
 import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,25 @@ from loadstone.core.errors import UsageError
 
 CONFIG_FILE = "loadstone.toml"
 ENV_PREFIX = "LOADSTONE_"
-SHORT_NAMES = {"gate": {"MAX_CONCURRENT": "max-concurrency"}}
+_CONCURRENCY = {"MAX_CONCURRENT": "max-concurrency"}
+_SERVICE = _CONCURRENCY | {
+    name: name.lower().replace("_", "-")
+    for name in (
+        "WORKERS",
+        "THREADS",
+        "MAX_NUM_SEQS",
+        "MAX_NUM_BATCHED_TOKENS",
+        "GPU_MEMORY_UTILIZATION",
+        "MAX_WORKERS",
+        "TENSOR_PARALLEL_SIZE",
+    )
+}
+SHORT_NAMES = {
+    "gate": _CONCURRENCY,
+    "serve chat": _SERVICE,
+    "serve rerank": _SERVICE | {"MODEL_SIZE": "model-size"},
+    "serve embed": _SERVICE,
+}
 """Environment variables of the deployment guides that work as they stand there, by verb."""
 _NEAR = 0.75
 """From this likeness on a key is taken for a misspelt one."""
@@ -34,8 +52,8 @@ class Config:
     def settings_of(self, verb: str, known: Mapping[str, Flags]) -> dict[str, Any]:
         """What the file says for ``verb``, by the names of its flags. Raises UsageError for a key that no verb has."""
         every = {name for flags in known.values() for name in flags}
-        tables = {key: value for key, value in self.document.items() if isinstance(value, Mapping)}
-        common = {key: value for key, value in self.document.items() if key not in tables}
+        tables = dict(_tables(self.document, known))
+        common = {key: value for key, value in self.document.items() if not isinstance(value, Mapping)}
         self._check(common, every, "no command knows")
         for name, table in tables.items():
             if name not in known:
@@ -54,6 +72,19 @@ class Config:
                 near = get_close_matches(_name(key), known, 1, _NEAR)
                 meant = "".join(f"; did you mean {name}?" for name in near)
                 raise UsageError(f"{self.path}: {complaint} the key {key}{meant}")
+
+
+def _tables(document: Mapping[str, Any], known: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What the file says by verbs; ``[serve.chat]`` is the table of ``serve chat``."""
+    for key, value in document.items():
+        group = any(verb.startswith(f"{key} ") for verb in known)
+        if group and isinstance(value, Mapping):
+            yield from ((f"{key} {name}", inner) for name, inner in value.items() if isinstance(inner, Mapping))
+            value = {name: inner for name, inner in value.items() if not isinstance(inner, Mapping)}
+            if not value:
+                continue
+        if isinstance(value, Mapping):
+            yield key, value
 
 
 def _name(key: str) -> str:

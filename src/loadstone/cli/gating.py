@@ -4,10 +4,11 @@ import asyncio
 import signal
 import ssl
 import sys
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
@@ -18,7 +19,7 @@ from loadstone.core.settings import GateSettings, LimitSettings, check_range
 from loadstone.hold.access_log import AccessLog
 from loadstone.hold.api_keys import ApiKeys
 from loadstone.hold.clients import TrustedProxies
-from loadstone.hold.configuration import CAUTIOUS, Enforced, enforce, model_warning
+from loadstone.hold.configuration import CAUTIOUS, Enforced, enforce, limits_in_force, model_warning
 from loadstone.hold.gate import Gate
 from loadstone.hold.options import GateOptions
 from loadstone.hold.upstreams import Dialing
@@ -44,12 +45,28 @@ class GateRun:
     upstream_key: str = ""
     defaults: Limits = CAUTIOUS
     unlimited: bool = False
+    together: bool = False
+    """The upstreams are replicas of one service, and the limit is that of all of them."""
+    chat: bool = True
+    """A chat model is served, unless the limits file says otherwise."""
+    service: Callable[[], Mapping[str, Any]] = dict
+    """What /health tells besides."""
 
     def enforced(self) -> Enforced:
         """The limits in force by the file as it is now. Raises UsageError."""
+        file, name = self._file(), self.limits.limits
+        now = datetime.now(UTC)
+        return enforce(
+            file, name, self.limits, self.upstreams, now, self.defaults, together=self.together, chat=self.chat
+        )
+
+    def limits_in_force(self) -> Limits:
+        """The limits alone, before there is any upstream. Raises UsageError."""
+        return limits_in_force(self._file(), self.limits, self.defaults)
+
+    def _file(self) -> LimitsFile | None:
         name = self.limits.limits
-        file = _read_limits(name) if name else None
-        return enforce(file, name, self.limits, self.upstreams, datetime.now(UTC), self.defaults)
+        return _read_limits(name) if name else None
 
     def options(self) -> GateOptions:
         """What stays for the gate's lifetime. Raises UsageError."""
@@ -64,6 +81,7 @@ class GateRun:
             affinity=settings.affinity,
             adaptive=settings.adaptive,
             unlimited=self.unlimited,
+            service=self.service,
             max_body_bytes=int(settings.max_body_mb * 1024 * 1024),
             dialing=Dialing(
                 authorization=authorization,
@@ -74,21 +92,42 @@ class GateRun:
 
 def serve_gate(run: GateRun) -> int:
     """Run until SIGINT or SIGTERM. Raises UsageError for what cannot be used, before anything listens."""
+    ready = prepare(run)
+    uvloop.run(run_gate(ready))
+    return EXIT_OK
+
+
+@dataclass(frozen=True)
+class ReadyGate:
+    """A gate whose settings have been found to be usable; nothing listens yet."""
+
+    run: GateRun
+    enforced: Enforced
+    options: GateOptions
+    access_log: AccessLog | None
+    seen: Stamp | None
+    """The stamp of the limits file before it was first read, so that a change in between is noticed."""
+
+
+def prepare(run: GateRun) -> ReadyGate:
+    """Read and check everything that a gate is told, and raise the limit of open files. Raises UsageError."""
     seen = _stamp(run.limits.limits)
     enforced, options = run.enforced(), run.options()
     access_log = AccessLog(run.gate.access_log) if run.gate.access_log else None
     raise_open_files()
-    uvloop.run(_serve(run, enforced, options, access_log, seen))
-    return EXIT_OK
+    return ReadyGate(run, enforced, options, access_log, seen)
 
 
-async def _serve(
-    run: GateRun, enforced: Enforced, options: GateOptions, access_log: AccessLog | None, seen: Stamp | None
-) -> None:
+async def run_gate(ready: ReadyGate, *beside: Callable[[Gate], Coroutine[Any, Any, None]]) -> None:
+    """Listen until SIGINT or SIGTERM, then drain; ``beside`` runs as long as the gate takes requests.
+
+    Raises UsageError where the address cannot be had.
+    """
+    run, enforced, options = ready.run, ready.enforced, ready.options
     loop = asyncio.get_running_loop()
     clock = MonotonicClock(loop)
     shared = _shared_quotas(run.gate.redis, enforced, clock) if run.gate.redis else None
-    gate = Gate(enforced, options, clock, say, access_log=access_log, shared_quotas=shared)
+    gate = Gate(enforced, options, clock, say, access_log=ready.access_log, shared_quotas=shared)
     stopped, reload = asyncio.Event(), asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stopped.set)
@@ -106,7 +145,8 @@ async def _serve(
         ) from None
     shown = f"[{host}]" if ":" in host else host
     print(f"loadstone: ready on http://{shown}:{port}", flush=True)
-    watching = [loop.create_task(_keep_limits(gate, run, reload, seen)), loop.create_task(_compare_models(gate))]
+    running = (_keep_limits(gate, run, reload, ready.seen), _compare_models(gate), *(more(gate) for more in beside))
+    watching = [loop.create_task(each) for each in running]
     await stopped.wait()
     # A second signal ends at once.
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -128,10 +168,7 @@ def _shared_quotas(url: str, enforced: Enforced, clock: MonotonicClock) -> "Shar
 
 
 async def _keep_limits(gate: Gate, run: GateRun, reload: asyncio.Event, seen: Stamp | None) -> None:
-    """Put a changed limits file in force; one that cannot be used changes nothing, and is told.
-
-    ``seen``: the stamp of the file before it was first read, so that a change in between is noticed.
-    """
+    """Put a changed limits file in force; one that cannot be used changes nothing, and is told."""
     path = run.limits.limits
     while True:
         try:

@@ -20,6 +20,8 @@ _SETTINGS_HELP = (
     "Every flag is equally an environment variable (--base-url: LOADSTONE_BASE_URL) and a key of loadstone.toml or "
     "--config FILE. A flag beats the environment, which beats the file."
 )
+_GROUPS = {"serve": "Serve a chat model, a reranker or embeddings behind a gate of their own."}
+"""Verbs that only stand before others."""
 _VERBS = {
     "demo": "Embedded engine, search, report: nothing to configure, about a minute.",
     "find": "Find how many concurrent requests the server takes.",
@@ -29,6 +31,9 @@ _VERBS = {
     "report": "Write the page and the picture of a run again.",
     "compare": "Hold two runs against each other.",
     "gate": "Hold model servers to their limits: admit, queue a little, refuse the rest at once.",
+    "serve chat": "Serve a chat model behind its own gate.",
+    "serve rerank": "Serve a reranker behind its own gate.",
+    "serve embed": "Serve embeddings of text and images behind their own gate.",
     "watch": "Watch a gate live in the terminal.",
     "sim": "Run a simulated model server on a real port.",
 }
@@ -65,11 +70,17 @@ def _run(tokens: list[str], typed: str) -> int:
         named = [] if config.path == Path(CONFIG_FILE) else ["--config", str(config.path)]
         print(shown_command([*expansion.tokens, *named]))
         return EXIT_OK
-    verb = next(iter(expansion.tokens), "")
+    verb = _verb(expansion.tokens)
     app = build_app(verb, settings_of(verb), str(config.path))
     command, bound, unparsed = app.parse_args(expansion.tokens, exit_on_error=False, print_error=False)
     status = command(*bound.args, **bound.kwargs, **dict.fromkeys(unparsed, typed))
     return status if isinstance(status, int) else EXIT_OK
+
+
+def _verb(tokens: Sequence[str]) -> str:
+    """The verb that is called, of one word or two."""
+    words = 2 if tokens and tokens[0] in _GROUPS else 1
+    return " ".join(tokens[:words])
 
 
 def build_app(called: str = "", settings: Mapping[str, Any] | None = None, source: str = "") -> App:
@@ -87,14 +98,25 @@ def build_app(called: str = "", settings: Mapping[str, Any] | None = None, sourc
         default_parameter=Parameter(show_default=_shown),
         suppress_keyboard_interrupt=False,
     )
+    groups = {group: App(name=group, help=summary) for group, summary in _GROUPS.items()}
     for verb, summary in _VERBS.items():
         epilogue = f"{PRESET_HELP}\n{_SETTINGS_HELP}" if verb in ("find", "bench") else _SETTINGS_HELP
-        app.command(
-            f"loadstone.cli.{verb}:{verb}",
-            name=verb,
+        group, _, name = verb.rpartition(" ")
+        (groups[group] if group else app).command(
+            f"loadstone.cli.{group or name}:{name}",
+            name=name,
             help=None if verb == called else summary,
             help_epilogue=epilogue,
         )
+    for inner in groups.values():
+        app.command(inner)
+    return app
+
+
+def command_of(app: App, verb: str) -> App:
+    """The command of a verb of one word or two."""
+    for word in verb.split():
+        app = app[word]
     return app
 
 
@@ -111,7 +133,7 @@ def known_flags() -> dict[str, Flags]:
     return {
         verb: {
             name.removeprefix("--"): argument.token_count()[1]
-            for argument in app[verb].assemble_argument_collection()
+            for argument in command_of(app, verb).assemble_argument_collection()
             for name in argument.names[:1]
             if name.startswith("--")
         }

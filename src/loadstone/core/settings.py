@@ -18,7 +18,7 @@ class ServerSettings:
     base_url: str = "http://127.0.0.1:8000"
     """Where the server is; a path prefix or a trailing /v1 is fine."""
     endpoint: str = "chat"
-    """chat, completions, embeddings or rerank."""
+    """chat, completions, embeddings, rerank, embed_text or embed_image."""
     model: str = ""
     """Model name to ask for; the first that /v1/models lists where none is given."""
     header: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class DataSettings:
     random_prefix_len: int = 0
     """Tokens of a prefix that all prompts share."""
     random_batch_size: int = 0
-    """Texts in an embeddings request (1), documents in a rerank request (8)."""
+    """Texts or images in an embeddings request (1), documents in a rerank request (8)."""
     seed: int = 0
     """The same seed sends the same requests."""
 
@@ -161,6 +161,60 @@ class GateSettings:
     """Certificate authority of https upstreams, a PEM file; the system's where none is given."""
     drain_timeout_s: float = 0.0
     """After SIGTERM, longest wait for what still runs; 0 = as long as each request's own deadline."""
+
+
+@dataclass(frozen=True)
+class ServiceGateSettings(GateSettings):
+    """How the gate of a model service runs."""
+
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+
+
+@dataclass(frozen=True)
+class EmbedGateSettings(GateSettings):
+    """How the gate of the embedding service runs."""
+
+    port: int = 8080
+    """Port to listen on; 0 takes a free one."""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How the engines behind a model service run. What is not given is the engine's own default."""
+
+    model: str = ""
+    """Folder or file of the model, or its name on the hub."""
+    engine: str = "auto"
+    """What runs the model; auto chooses by the machine and the model."""
+    quantization: str = ""
+    """int8, or what the engine calls it."""
+    workers: int = 1
+    """Replicas of the engine behind the one gate, whose limits hold for all of them together."""
+    threads: int | None = None
+    """Threads that prepare requests (tokenise, decode images), in each replica."""
+    max_workers: int | None = None
+    """The same as --threads; beats it."""
+    max_num_seqs: int | None = None
+    """Sequences that a replica computes at once."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one batch, padding included."""
+    gpu_memory_utilization: float | None = None
+    """Share of a GPU's memory that an engine which allocates it beforehand takes."""
+    tensor_parallel_size: int = 1
+    """GPUs that share one replica."""
+    max_model_len: int | None = None
+    """Longest sequence, prompt and reply together; shorter takes less memory."""
+    vllm_python: str = ""
+    """Python interpreter that has vLLM; this one where none is given."""
+    log_dir: str = ""
+    """Folder for the engines' logs; one beside other temporary files where none is given."""
+    ready_timeout_s: float = 1800.0
+    """Longest time until an engine is ready: large models take minutes to load."""
+    unlimited: bool = False
+    """Open the gate altogether, to measure what stands behind it."""
+    show: bool = False
+    """Print the command line of each replica, and start nothing."""
 
 
 def parse_levels(text: str, flag: str = "--levels") -> tuple[int, ...]:

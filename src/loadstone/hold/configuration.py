@@ -1,7 +1,7 @@
 """From limits file, flags and defaults to what a gate enforces. Pure; every doubtful limit is refused or warned of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -64,20 +64,33 @@ def enforce(
     urls: Sequence[str],
     now: datetime,
     defaults: Limits = CAUTIOUS,
+    *,
+    together: bool = False,
+    chat: bool = True,
 ) -> Enforced:
     """The limits in force: a flag beats the file ``name``, which beats ``defaults``; ``urls`` add to its upstreams.
 
+    ``together``: the upstreams are replicas of one service, and max_concurrency is that of all of them together.
+    ``chat``: what is served where no evidence says it.
     Raises UsageError for a limit that makes no sense, or one above the measured line without ``--force``.
     """
-    limits = _overridden(file.limits if file is not None else defaults, flags)
+    limits = limits_in_force(file, flags, defaults)
     evidence = file.evidence if file is not None else None
     plans = _plans(file, urls, limits, flags)
     if not plans:
         raise UsageError("no upstream: give --upstream http://HOST:PORT, or [[upstream]] in the limits file")
     if evidence is not None and not flags.force:
         _check_line(plans, evidence, name)
-    warnings = tuple(_warnings(limits, evidence, name, now))
+    if together:
+        plans = _divided(plans)
+    chat = evidence.endpoint in ("chat", "completions") if evidence is not None else chat
+    warnings = tuple(_warnings(limits, evidence, name, now, chat=chat))
     return Enforced(limits, plans, evidence, warnings, _standing_queue(limits, evidence, flags))
+
+
+def limits_in_force(file: LimitsFile | None, flags: LimitSettings, defaults: Limits) -> Limits:
+    """A flag beats the file, which beats the defaults. Raises UsageError for a limit that makes no sense."""
+    return _overridden(file.limits if file is not None else defaults, flags)
 
 
 def _standing_queue(limits: Limits, evidence: Evidence | None, flags: LimitSettings) -> int | None:
@@ -125,6 +138,17 @@ def _plans(
     return tuple(plans.values())
 
 
+def _divided(plans: Sequence[UpstreamPlan]) -> tuple[UpstreamPlan, ...]:
+    """max_concurrency as even as can be, so that the sum is exact however many replicas there are."""
+    total, replicas = plans[0].max_concurrency, len(plans)
+    if total is None:
+        return tuple(plans)
+    if total < replicas:
+        raise UsageError(f"{total} in flight for {replicas} replicas: lower --workers to {total}, or raise the limit")
+    each, more = divmod(total, replicas)
+    return tuple(replace(plan, max_concurrency=each + (i < more)) for i, plan in enumerate(plans))
+
+
 def _check_line(plans: Sequence[UpstreamPlan], evidence: Evidence, name: str) -> None:
     line = evidence.measured_max_concurrency
     for plan in plans:
@@ -136,13 +160,12 @@ def _check_line(plans: Sequence[UpstreamPlan], evidence: Evidence, name: str) ->
             )
 
 
-def _warnings(limits: Limits, evidence: Evidence | None, name: str, now: datetime) -> list[str]:
+def _warnings(limits: Limits, evidence: Evidence | None, name: str, now: datetime, *, chat: bool) -> list[str]:
     warnings = []
     if evidence is not None and datetime.fromisoformat(evidence.expires_at) <= now:
         warnings.append(f"{name} expired on {evidence.expires_at[:10]}: measure again with loadstone find")
     if evidence is not None and evidence.through_gate:
         warnings.append(f"{name} was measured through a gate: its limits may be that gate's, not the server's")
-    chat = evidence is None or evidence.endpoint in ("chat", "completions")
     if chat and limits.max_queue is not None and limits.max_queue > LONGEST_CHAT_QUEUE:
         warnings.append(
             f"a queue of {limits.max_queue} before a chat model is long: beyond {LONGEST_CHAT_QUEUE} most who wait "

@@ -178,6 +178,7 @@ class Gate:
             evidence=self.enforced.evidence_document(),
             warnings=(*self.enforced.warnings, *self._warnings.values()),
             retry_after_s=admission.retry_after_s(self._clock.now_ns()),
+            service=self.options.service(),
         )
 
     def _upstream_now(self, server: UpstreamServer) -> UpstreamNow:

@@ -94,6 +94,10 @@ class Health:
             return True
         return False
 
+    def look_again(self, now_ns: int) -> None:
+        """Something is known to have changed: the next probe is due now."""
+        self.next_probe_ns = now_ns
+
     def probe_failed(self, reason: str, now_ns: int, *, refused: bool) -> bool:
         """It did not answer a probe; ``refused``: no connection, or it says itself that it is not healthy."""
         self._failed_probes += 1

@@ -75,6 +75,8 @@ class UpstreamServer:
         self.engine = EngineWatch(self._ask_metrics, clock)
         self.replies = 0
         """Whole replies, ever."""
+        self.silent_in_a_row = 0
+        """Requests that ran out of time without a byte from here, since the last whole reply."""
         self.busy_replies = 0
         """429 and 503 that it answered itself, ever."""
         self._dialing = dialing
@@ -88,28 +90,34 @@ class UpstreamServer:
 
     def send(self, job: Job, sink: Relay) -> UpstreamCall:
         """Send a request that was granted a place here."""
-        head = upstream_head(
-            job.method,
-            self._root + job.target,
-            job.headers,
-            netloc=self._netloc,
-            length=len(job.body),
-            request_id=job.request_id,
-            peer=job.peer,
-            forwarded=job.forwarded,
-            authorization=self._dialing.authorization,
-            drop_authorization=self._dialing.drop_authorization,
-        )
-        return self.pool.send(head + job.body, sink, head_only=job.method == "HEAD")
+        asked, here = job.asked, (self.plan.url, job.proxied)
+        head = asked.written.get(here)
+        if head is None:
+            head = asked.written[here] = upstream_head(
+                asked.method,
+                self._root + asked.target,
+                asked.headers,
+                netloc=self._netloc,
+                proxied=job.proxied,
+                authorization=self._dialing.authorization,
+                drop_authorization=self._dialing.drop_authorization,
+            )
+        data = head.with_body(job.body, job.forwarded_for, job.request_id)
+        return self.pool.send(data, sink, head_only=asked.method == "HEAD")
 
     def good(self) -> None:
         """A reply came back whole."""
         self.replies += 1
+        self.silent_in_a_row = 0
         self.health.good_reply()
 
     def busy(self) -> None:
         """It said 429 or 503: alive, but at its own limit."""
         self.busy_replies += 1
+
+    def silent(self) -> None:
+        """A request's time was up, and no byte had come."""
+        self.silent_in_a_row += 1
 
     def broken(self, reason: str) -> None:
         """A reply did not come back whole."""
@@ -136,6 +144,11 @@ class UpstreamServer:
                 self._closed()
         elif self.health.probe_answered(now_ns):
             self._permits.tell(self._permits.admission.upstream_up(self.plan.url, now_ns))
+
+    def look_again(self) -> None:
+        """Probe at once: whoever runs it says that it has come up."""
+        self.health.look_again(self._clock.now_ns())
+        self.marked_down.set()
 
     async def ask(self, path: str) -> Answer | NoAnswer:
         """GET ``path`` beside the relayed requests."""

@@ -29,6 +29,11 @@ class Accelerators:
         """Share of time the busiest device worked, 0 … 1; None where none tells it, as a partitioned one (MIG)."""
         return _greatest(_told(_use, device) for device in self._devices)
 
+    def least_memory_bytes(self) -> int | None:
+        """All of the memory of the smallest device; None where none tells it."""
+        told = (_told(_total_bytes, device) for device in self._devices)
+        return min((int(total) for total in told if total is not None), default=None)
+
     def __repr__(self) -> str:
         return f"<Accelerators {len(self)}>"
 
@@ -43,6 +48,10 @@ def _told(read: Callable[[object], float], device: object) -> float | None:
 def _memory(device: object) -> float:
     memory = pynvml.nvmlDeviceGetMemoryInfo(device)
     return float(memory.used) / float(memory.total)
+
+
+def _total_bytes(device: object) -> float:
+    return float(pynvml.nvmlDeviceGetMemoryInfo(device).total)
 
 
 def _use(device: object) -> float:
