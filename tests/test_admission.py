@@ -415,7 +415,7 @@ def test_an_idle_time_earns_no_credit() -> None:
 def test_clients_that_left_are_forgotten() -> None:
     queue = FairQueue()
     for i in range(20_000):
-        ticket = Ticket(want(f"client {i}", priority=i % 100), 0)
+        ticket = Ticket(want(f"client {i}", priority=i % 100), 0, 1)
         if i % 2:
             queue.push(ticket)
         queue.charge(ticket)

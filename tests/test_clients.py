@@ -140,10 +140,14 @@ def test_a_mapped_network_is_the_one_it_maps() -> None:
 def test_callers_are_remembered_but_never_too_many_nor_too_long() -> None:
     callers = Callers(OURS)
     for _ in range(2):
-        assert callers.find("1.2.3.4", [b"6.6.6.6"]) == Caller("1.2.3.4", "1.2.3.4", False)
-        assert callers.find("10.0.0.1", [b"2001:db8:5::6"]) == Caller("2001:db8:5::6", "2001:db8:5::/64", True)
-        assert callers.find("10.0.0.1", []) == Caller("10.0.0.1", "10.0.0.1", True)
-        assert callers.find("10.0.0.1", [b"x" * 10_000]) == Caller("10.0.0.1", "10.0.0.1", True)
+        assert callers.find("1.2.3.4", [b"6.6.6.6"]) == Caller("1.2.3.4", "1.2.3.4", False, b"1.2.3.4")
+        assert callers.find("10.0.0.1", [b"2001:db8:5::6"]) == Caller(
+            "2001:db8:5::6", "2001:db8:5::/64", True, b"2001:db8:5::6, 10.0.0.1"
+        )
+        assert callers.find("10.0.0.1", []) == Caller("10.0.0.1", "10.0.0.1", True, b"10.0.0.1")
+        assert callers.find("10.0.0.1", [b"x" * 10_000]) == Caller(
+            "10.0.0.1", "10.0.0.1", True, b"x" * 10_000 + b", 10.0.0.1"
+        )
     assert repr(callers).endswith(", 3 remembered>")
     for i in range(16_384 + 10):
         assert callers.find(f"203.0.{i >> 8}.{i & 255}", []).address == f"203.0.{i >> 8}.{i & 255}"
@@ -154,5 +158,5 @@ def test_callers_are_remembered_but_never_too_many_nor_too_long() -> None:
 def test_without_trusted_proxies_a_forged_chain_is_not_even_looked_at() -> None:
     callers = Callers(NOBODY)
     for i in range(100):
-        assert callers.find("1.2.3.4", [b"6.6.6.%d" % i]) == Caller("1.2.3.4", "1.2.3.4", False)
+        assert callers.find("1.2.3.4", [b"6.6.6.%d" % i]) == Caller("1.2.3.4", "1.2.3.4", False, b"1.2.3.4")
     assert repr(callers) == "<Callers behind <TrustedProxies none>, 1 remembered>"

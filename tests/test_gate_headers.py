@@ -2,22 +2,20 @@
 
 import pytest
 
-from loadstone.hold.headers import header_pairs, reply_lines, request_id, upstream_head
+from loadstone.hold.headers import header_pairs, reply_lines, sane_id, upstream_head
 
 
 def head(headers: list[tuple[bytes, bytes]], **changes: object) -> list[bytes]:
     settings: dict[str, object] = {
         "netloc": b"engine:8001",
-        "length": 2,
-        "request_id": b"id-1",
-        "peer": b"192.0.2.7",
-        "forwarded": [],
+        "proxied": False,
         "authorization": None,
         "drop_authorization": False,
     }
     made = upstream_head("POST", b"/v1/x?q=1", headers, **(settings | changes))  # type: ignore[arg-type]
-    assert made.endswith(b"\r\n\r\n")
-    return made[:-4].split(b"\r\n")
+    whole = made.with_body(b"{}", b"192.0.2.7", b"id-1")
+    assert whole.endswith(b"\r\n\r\n{}")
+    return whole[:-6].split(b"\r\n")
 
 
 def test_the_head_is_written_anew() -> None:
@@ -63,9 +61,17 @@ def test_only_trusted_proxies_add_to_forwarded_for() -> None:
     spoofed = [(b"x-forwarded-for", b"1.2.3.4"), (b"x-forwarded-proto", b"https")]
     assert b"x-forwarded-for: 192.0.2.7" in head(spoofed)
     assert b"x-forwarded-proto: http" in head(spoofed)
-    trusted = head(spoofed, forwarded=[b"1.2.3.4"])
-    assert b"x-forwarded-for: 1.2.3.4, 192.0.2.7" in trusted
-    assert b"x-forwarded-proto: https" in trusted
+    assert b"x-forwarded-proto: https" in head(spoofed, proxied=True)
+
+
+def test_a_size_is_told_where_a_body_is_expected() -> None:
+    def written(method: str, body: bytes) -> bytes:
+        made = upstream_head(method, b"/", [], netloc=b"e", proxied=False, authorization=None, drop_authorization=False)
+        return made.with_body(body, b"192.0.2.7", b"id-1")
+
+    assert b"content-length: 0\r\n" in written("POST", b"")
+    assert b"content-length" not in written("GET", b"")
+    assert b"content-length: 2\r\n" in written("GET", b"{}")
 
 
 def test_a_key_of_the_gate_goes_no_further() -> None:
@@ -93,21 +99,19 @@ def test_via_is_added_to() -> None:
     ],
 )
 def test_a_sane_request_id_is_kept(given: bytes, kept: bool) -> None:
-    assert request_id(given, b"fresh") == (given if kept else b"fresh")
-    assert request_id(None, b"fresh") == b"fresh"
+    assert sane_id(given) == (given if kept else None)
+    assert sane_id(None) is None
 
 
 def test_a_reply_names_the_gate_and_forbids_buffering_of_streams() -> None:
     upstream = [(b"server", b"uvicorn"), (b"content-type", b"text/event-stream"), (b"x-request-id", b"theirs")]
     upstream.append((b"x-ratelimit-limit", b"of the engine's own"))
     rates = b"x-ratelimit-limit: 10\r\n"
-    assert header_pairs(reply_lines(upstream, b"ours", streams=True, rates=rates)) == [
+    assert header_pairs(reply_lines(upstream).of(b"ours", rates)) == [
         (b"content-type", b"text/event-stream"),
         (b"via", b"1.1 loadstone"),
         (b"x-request-id", b"ours"),
         (b"x-accel-buffering", b"no"),
         (b"x-ratelimit-limit", b"10"),
     ]
-    assert (b"x-ratelimit-limit", b"of the engine's own") in header_pairs(
-        reply_lines(upstream, b"ours", streams=False, rates=b"")
-    )
+    assert (b"x-ratelimit-limit", b"of the engine's own") in header_pairs(reply_lines(upstream).of(b"ours", b""))

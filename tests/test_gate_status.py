@@ -58,6 +58,35 @@ def test_outcomes_sum_to_what_was_received_and_no_longer_runs(
     assert stats["refusal_rate"] == stats["refused"] / max(1, len(ends))
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([Outcome.OK, Outcome.OK, Outcome.CLIENT_GONE, Outcome.QUEUE_FULL, Outcome.UPSTREAM_ERROR]),
+            st.sampled_from(["a", "a", "b", ""]),
+            st.sampled_from([A, A, B, ""]),
+            st.sampled_from([None, 0.5, 2.0]),
+            st.sampled_from([0.0, 0.0, 0.0, 0.4, 400.0]),
+        ),
+        max_size=200,
+    )
+)
+def test_what_is_counted_together_is_what_is_counted_one_by_one(
+    ends: list[tuple[Outcome, str, str, float | None, float]],
+) -> None:
+    together, apart, now_s = Status(0.0), Status(0.0), 0.0
+    for tokens, (outcome, client, server, ttft_s, pause_s) in enumerate(ends):
+        now_s += pause_s
+        figures = {"ttft_s": ttft_s, "latency_s": now_s, "wait_s": pause_s, "output_tokens": tokens}
+        one = ended(outcome, client=client, upstream=server, **figures)
+        for status in (together, apart):
+            status.received()
+            status.ended(one, now_s)
+        told(apart, now_s)
+    assert told(together, now_s) == told(apart, now_s)
+    assert together.metrics(now(upstream(A), upstream(B)), now_s) == apart.metrics(now(upstream(A), upstream(B)), now_s)
+    assert repr(together) == repr(apart)
+
+
 def test_refusals_are_not_failures() -> None:
     assert not REFUSED & FAILED
     status = Status(0.0)
@@ -93,7 +122,7 @@ def test_a_quantile_lies_between_its_neighbours(values: list[float], share: floa
 def test_recent_latencies_stay_few() -> None:
     latencies = Latencies((1.0, 2.0))
     for i in range(10_000):
-        latencies.add(0.001 * i, float(i % 3) + 0.5)
+        latencies.add([0.001 * i], [float(i % 3) + 0.5])
     assert latencies.summary(10.0)["n"] == 2048
     assert latencies.buckets() == [("1.0", 3334.0), ("2.0", 6667.0), ("+Inf", 10_000.0)]
     assert repr(latencies) == "<Latencies 10000 in all, 2048 kept>"

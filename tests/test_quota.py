@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from loadstone.core.quota import Exceeded, Quotas, QuotaSettings, Reservation, Standing
+from loadstone.core.quota import Exceeded, Quotas, QuotaSettings, Reservation, Standing, spare_of
 
 S = 1_000_000_000
 MINUTE, HOUR = 60 * S, 3600 * S
@@ -114,6 +115,22 @@ def test_standings_say_when_the_next_place_comes_free() -> None:
         Standing("minute", "tokens", 1000, 400, 30.0, 60),
     ]
     assert quotas.standings("a", 2 * HOUR) == fresh
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [QuotaSettings(), QuotaSettings(2), QuotaSettings(None, 2), QuotaSettings(None, None, 9), QuotaSettings(2, 2, 9)],
+)
+def test_what_is_left_is_the_tightest_of_the_windows_that_are_set(bounds: QuotaSettings) -> None:
+    quotas = Quotas(bounds)
+    for now_ns in (0, 1, 20 * S, MINUTE, HOUR + 1):
+        spare, of_all = quotas.spare("a", now_ns), spare_of(quotas.standings("a", now_ns))
+        assert (spare.window, spare.requests, spare.requests_reset_s) == (
+            (of_all.window, of_all.requests, of_all.requests_reset_s)
+        )
+        if bounds.tokens_per_minute is not None:
+            assert (spare.tokens, spare.tokens_reset_s) == (of_all.tokens, of_all.tokens_reset_s)
+        quotas.reserve("a", 3, now_ns)
 
 
 def test_without_quotas_nothing_is_refused_or_kept() -> None:
@@ -281,6 +298,15 @@ class AgainstANaiveLog(RuleBasedStateMachine):
                 assert standing.remaining == max(0, standing.limit - used)
                 first_ns = min((one.at_ns for one in counted), default=self.now_ns)
                 assert standing.reset_s == pytest.approx((first_ns - self.now_ns) / S + standing.window_s)
+
+    @invariant()
+    def what_is_left_is_what_the_standings_say(self) -> None:
+        for client in "ab":
+            spare = self.quotas.spare(client, self.now_ns)
+            of_all = spare_of(self.quotas.standings(client, self.now_ns))
+            if self.settings.tokens_per_minute is None:
+                of_all = msgspec.structs.replace(of_all, tokens=spare.tokens, tokens_reset_s=spare.tokens_reset_s)
+            assert spare == of_all
 
     @invariant()
     def nobody_is_remembered_for_nothing(self) -> None:

@@ -1,10 +1,11 @@
 """Rate-limit headers, as bytes on the wire."""
 
+import msgspec
 import pytest
 
-from loadstone.core.quota import Standing
+from loadstone.core.quota import Standing, spare_of
 from loadstone.hold.headers import header_pairs
-from loadstone.hold.rate_headers import NAMES, rate_limit_lines
+from loadstone.hold.rate_headers import NAMES, RateLines, rate_limit_lines
 
 MINUTE = Standing("minute", "requests", 10, 3, 20.2, 60)
 HOUR = Standing("hour", "requests", 100, 2, 3540.0, 3600)
@@ -75,3 +76,16 @@ def test_both_families(standings: list[Standing], expected: dict[str, str]) -> N
     assert {name for name, _ in headers} <= NAMES
     assert {name.decode(): value.decode() for name, value in headers} == expected
     assert len(headers) == len(expected), "no header twice"
+
+
+def test_lines_that_are_kept_say_what_is_left_now() -> None:
+    standings = [MINUTE, HOUR, TOKENS]
+    lines = RateLines(standings)
+    for left in (2, 1, 0, 2):
+        now = [MINUTE, msgspec.structs.replace(HOUR, remaining=left), msgspec.structs.replace(TOKENS, remaining=left)]
+        assert lines.of(spare_of(now)) == rate_limit_lines(now)
+    for reset_s in range(3000):
+        later = [msgspec.structs.replace(HOUR, reset_s=float(reset_s))]
+        assert RateLines(later).of(spare_of(later)) == rate_limit_lines(later)
+        assert b"x-ratelimit-reset: %d\r\n" % reset_s in lines.of(spare_of([*later, TOKENS]))
+    assert repr(lines).endswith(", 20000 tokens>")

@@ -117,7 +117,7 @@ class Admission:
 
     def offer(self, want: Want, now_ns: int) -> Ticket:
         """A new request: GRANTED, QUEUED or REFUSED."""
-        ticket = Ticket(want, now_ns)
+        ticket = Ticket(want, now_ns, want.tokens)
         if now_ns >= want.deadline_ns:
             return self._refuse(ticket, Refusal.REQUEST_TIMEOUT)
         if want.unlimited:
@@ -128,10 +128,11 @@ class Admission:
             return self._refuse(ticket, self._why_never(want))
         waiting = self._waiting
         self._refused_share -= self._refused_share / _MEMORY
-        if places.ramping and not waiting.by_age:
+        alone = not waiting.by_age
+        if alone and places.ramping:
             places.grow(now_ns, self._settings.slow_start_ns)
-        if not waiting.by_age or self._fair.leads(want.priority):
-            upstream = places.choose(want.tokens, want.affinity, self._reserved() if waiting.moved else _NONE)
+        if alone or self._fair.leads(want.priority):
+            upstream = places.take(want.tokens, want.affinity, self._reserved() if waiting.moved else _NONE)
             if upstream is not None:
                 self._grant(ticket, upstream, now_ns)
                 return ticket
@@ -145,13 +146,15 @@ class Admission:
         """The request has ended; ``served_tokens`` is its real cost. A ticket that still waits is cancelled."""
         if ticket.state is not _GRANTED:
             return self.cancel(ticket, now_ns)
-        if ticket.share is not None:
-            if served_tokens is not None:
-                self._fair.correct(ticket, served_tokens)
-            assert ticket.granted_ns is not None
+        assert ticket.place is not None
+        assert ticket.granted_ns is not None
+        if ticket.share is None:
+            self._places.give_back_unlimited(ticket.place)
+        else:
             self._drain.ended(now_ns, now_ns - ticket.granted_ns)
-        self._vacate(ticket)
-        self._finish(ticket, _ENDED)
+            self._places.give_back(ticket.place, ticket.tokens)
+            self._fair.end(ticket, served_tokens)
+        ticket.place, ticket.state = None, _ENDED
         return self._let_go(now_ns) if self._waiting.by_age else []
 
     def settle(self, ticket: Ticket, tokens: int, now_ns: int) -> list[Ticket]:
@@ -322,7 +325,7 @@ class Admission:
             if refusal is not None:
                 changed.append(self._drop(ticket, refusal))
                 continue
-            upstream = places.choose(ticket.tokens, ticket.want.affinity, reserved)
+            upstream = places.take(ticket.tokens, ticket.want.affinity, reserved)
             if upstream is None:
                 break
             self._grant(ticket, upstream, now_ns)
@@ -338,10 +341,11 @@ class Admission:
                 break
             assert ticket.avoid is not None
             refusal = self._why_late(ticket, now_ns)
-            upstream = places.choose(ticket.tokens, ticket.want.affinity, ticket.avoid | reserved)
             if refusal is not None:
                 changed.append(self._drop(ticket, refusal))
-            elif upstream is None:
+                continue
+            upstream = places.take(ticket.tokens, ticket.want.affinity, ticket.avoid | reserved)
+            if upstream is None:
                 reserved |= places.eligible(ticket.tokens, ticket.avoid)
             else:
                 self._waiting.remove(ticket)
@@ -368,7 +372,7 @@ class Admission:
     # The changes of state
 
     def _grant(self, ticket: Ticket, upstream: Upstream, now_ns: int) -> None:
-        self._places.take(upstream, ticket.tokens)
+        """It has been given a place there."""
         ticket.place = upstream
         ticket.state = _GRANTED
         ticket.granted_ns = now_ns
@@ -384,7 +388,7 @@ class Admission:
         ticket.place, ticket.state, ticket.granted_ns = upstream, _GRANTED, now_ns
 
     def _move_limited(self, ticket: Ticket, avoid: frozenset[str], now_ns: int) -> None:
-        upstream = self._places.choose(ticket.tokens, ticket.want.affinity, avoid | self._reserved())
+        upstream = self._places.take(ticket.tokens, ticket.want.affinity, avoid | self._reserved())
         if upstream is None:
             self._waiting.add_moved(ticket, now_ns, avoid)
         else:

@@ -52,7 +52,7 @@ class _Band:
         if share is None:
             share = self.shares[client] = Share(client)
         if not share.waiting:
-            least = self.turns.first() or self.last
+            least = self.last if not self.waiting else self.turns.first() or self.last
             floor = 0 if least is None else least.counter
             if share.counter <= floor:
                 share.counter = self.entry = floor
@@ -126,25 +126,33 @@ class FairQueue:
         want = ticket.want
         band = self._band(want.priority)
         share = band.join(want.client)
-        ticket.share, ticket.charge = share, want.tokens or 1
-        share.counter += ticket.charge
+        ticket.share = band.last = share
+        ticket.charge = charge = want.tokens or 1
+        share.counter += charge
         share.running += 1
-        band.last = share
 
     def correct(self, ticket: Ticket, tokens: int) -> None:
         """Its cost turned out to be ``tokens``."""
-        share, more = ticket.share, max(1, tokens) - ticket.charge
+        share, tokens = ticket.share, max(1, tokens)
         assert share is not None
+        more = tokens - ticket.charge
+        if not more:
+            return
         band = self._bands[ticket.want.priority]
-        ticket.charge += more
-        share.counter = max(share.counter + more, min(share.counter, band.entry))
+        ticket.charge = tokens
+        if more > 0 or share.counter + more >= band.entry:
+            share.counter += more
+        elif share.counter > band.entry:
+            share.counter = band.entry
         if share.waiting:
             band.place(share)
 
-    def end(self, ticket: Ticket) -> None:
-        """It runs no longer; what it was charged stands."""
+    def end(self, ticket: Ticket, tokens: int | None = None) -> None:
+        """It runs no longer; what it was charged stands, or becomes ``tokens``."""
         share = ticket.share
         assert share is not None
+        if tokens is not None:
+            self.correct(ticket, tokens)
         share.running -= 1
         if not share.running and not share.waiting:
             self._tidy(self._bands[ticket.want.priority], share)

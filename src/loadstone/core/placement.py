@@ -87,7 +87,7 @@ class Upstream:
 class Placement:
     """All upstreams. Names that were never set raise KeyError."""
 
-    __slots__ = ("_by_name", "_turns", "in_flight", "largest_budget", "max_total", "ramping", "running", "up")
+    __slots__ = ("_by_name", "_turns", "largest_budget", "max_total", "ramping", "up")
 
     def __init__(self) -> None:
         self._by_name: dict[str, Upstream] = {}
@@ -96,11 +96,18 @@ class Placement:
         """Those in slow start."""
         self._turns = 0
         self.max_total = UNBOUNDED
-        self.in_flight = 0
-        self.running = 0
-        """What runs and counts against limits: all but what was taken as unlimited."""
         self.largest_budget = -1
         """The most tokens that any upstream which is up would ever take; -1 where none is up."""
+
+    @property
+    def in_flight(self) -> int:
+        """Everything that runs."""
+        return sum([upstream.in_flight for upstream in self._by_name.values()])
+
+    @property
+    def running(self) -> int:
+        """What runs and counts against limits: all but what was taken as unlimited."""
+        return sum([upstream.running for upstream in self._by_name.values()])
 
     # Upstreams
 
@@ -169,11 +176,23 @@ class Placement:
 
     # Places
 
-    def choose(self, tokens: int, affinity: int | None, without: Collection[str]) -> Upstream | None:
-        """The upstream that would take the request now, none of those named ``without``; None where none has room."""
-        if self.running >= self.max_total:
+    def take(self, tokens: int, affinity: int | None, without: Collection[str]) -> Upstream | None:
+        """Occupy a place, at none of those named ``without``; None where none has room."""
+        upstream = self._choose(tokens, affinity, without)
+        if upstream is not None:
+            self._turns = upstream.turn = self._turns + 1
+            upstream.in_flight += 1
+            upstream.running += 1
+            upstream.tokens += tokens
+        return upstream
+
+    def _choose(self, tokens: int, affinity: int | None, without: Collection[str]) -> Upstream | None:
+        if self.max_total < UNBOUNDED and self.running >= self.max_total:
             return None
         best, least = None, 0.0
+        if len(self.up) == 1 and not without:  # there is no choice, which is usually so
+            (only,) = self.up
+            return only if only.running < only.effective and only.tokens + tokens <= only.budget else None
         for upstream in self.up:
             if upstream.running >= upstream.effective or upstream.tokens + tokens > upstream.budget:
                 continue
@@ -197,30 +216,21 @@ class Placement:
         """Names of those up that could take the request once they have room."""
         return {it.name for it in self.up if tokens <= it.budget and it.name not in without}
 
-    def take(self, upstream: Upstream, tokens: int) -> None:
-        """Occupy a place."""
-        self.take_unlimited(upstream)
-        upstream.running += 1
-        upstream.tokens += tokens
-        self.running += 1
-
     def take_unlimited(self, upstream: Upstream) -> None:
         """Occupy a place that counts as in flight and against no limit."""
-        self._turns += 1
-        upstream.turn = self._turns
+        self._turns = upstream.turn = self._turns + 1
         upstream.in_flight += 1
-        self.in_flight += 1
 
     def give_back(self, upstream: Upstream, tokens: int) -> None:
         """Free what ``take`` occupied, with the tokens as they stand now."""
+        upstream.in_flight -= 1
         upstream.running -= 1
         upstream.tokens -= tokens
-        self.running -= 1
-        self.give_back_unlimited(upstream)
+        if upstream.removed:
+            self._forget_if_gone(upstream)
 
     def give_back_unlimited(self, upstream: Upstream) -> None:
         upstream.in_flight -= 1
-        self.in_flight -= 1
         if upstream.removed:
             self._forget_if_gone(upstream)
 

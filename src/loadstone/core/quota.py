@@ -17,7 +17,8 @@ that have been idle longest. Beyond ``most_clients`` the one that was served lon
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterable
+from math import ceil
 from typing import Literal
 
 import msgspec
@@ -39,8 +40,7 @@ _MOST_CLIENTS = 250_000
 """Some 380 bytes each with one request on record."""
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(msgspec.Struct, frozen=True):
     """One quota: at most ``limit`` of ``what`` in any stretch of ``window_s``."""
 
     name: str
@@ -60,7 +60,7 @@ def windows_of(settings: QuotaSettings) -> tuple[Window, ...]:
     return tuple(Window(name, what, limit, window_s) for name, what, limit, window_s in bounds if limit is not None)
 
 
-class Reservation(msgspec.Struct):
+class Reservation(msgspec.Struct, gc=False):
     """One request and its tokens, taken from every window, to be settled or refunded."""
 
     client: str
@@ -86,7 +86,7 @@ class Exceeded(msgspec.Struct, frozen=True):
     """The request is dearer than the whole quota: no waiting helps, and ``retry_after_s`` is merely the window."""
 
 
-class Standing(msgspec.Struct, frozen=True):
+class Standing(msgspec.Struct, frozen=True, gc=False):
     """How a client stands in one window."""
 
     name: str
@@ -96,6 +96,37 @@ class Standing(msgspec.Struct, frozen=True):
     reset_s: float
     """Within this time no more than ``remaining`` can be used: the oldest that is counted leaves then."""
     window_s: int
+
+
+class Spare(msgspec.Struct, frozen=True, gc=False):
+    """What a client has left, in as few figures as it is told in."""
+
+    window: str
+    """The window on requests that has least left, and of equals that stays so for longer; empty where there is none."""
+    requests: int
+    requests_reset_s: int
+    """As in ``Standing``, in whole seconds, rounded up."""
+    tokens: int
+    """Of no meaning where they have no quota."""
+    tokens_reset_s: int
+
+
+def spare_of(standings: Iterable[Standing]) -> Spare:
+    """From how a client stands in each window."""
+    tightest = tokens = _NO_STANDING
+    for standing in standings:
+        if standing.what == "tokens":
+            tokens = standing
+        elif (
+            tightest is _NO_STANDING
+            or standing.remaining < tightest.remaining
+            or (standing.remaining == tightest.remaining and standing.reset_s > tightest.reset_s)
+        ):
+            tightest = standing
+    return Spare(tightest.name, tightest.remaining, ceil(tightest.reset_s), tokens.remaining, ceil(tokens.reset_s))
+
+
+_NO_STANDING = Standing("", "requests", 0, 0, 0.0, 0)
 
 
 def dearer_than_all(settings: QuotaSettings, tokens: int) -> Exceeded | None:
@@ -108,6 +139,7 @@ def dearer_than_all(settings: QuotaSettings, tokens: int) -> Exceeded | None:
 
 _NOTHING_TAKEN = Account()
 """Stands for a client without an account; never changed."""
+_NOTHING_TAKEN.due_ns = _UNBOUNDED
 
 
 class Quotas:
@@ -122,17 +154,19 @@ class Quotas:
     def configure(self, settings: QuotaSettings) -> None:
         """Put other quotas in force; what was taken stays counted as far back as the windows reached before."""
         self.settings = settings
-        self._windows = windows_of(settings)
+        self.windows = windows_of(settings)
+        """Those in force."""
         per_minute, per_hour = settings.requests_per_minute or _UNBOUNDED, settings.requests_per_hour or _UNBOUNDED
         self._per_minute, self._per_hour = per_minute, per_hour
         self._tokens_per_minute = settings.tokens_per_minute or _UNBOUNDED
+        self._counts_requests = settings.requests_per_minute is not None or settings.requests_per_hour is not None
         self._keep_ns = MINUTE_NS if settings.requests_per_hour is None else _HOUR_NS
         exact = min(per_hour, per_minute * _MINUTE_S) <= _MOST_EXACT_ENTRIES
         self._grain_ns = 1 if exact else _COARSE_NS
 
     def reserve(self, client: str, tokens: int, now_ns: int) -> Reservation | Exceeded:
         """Take one request and ``tokens`` from every window in one step, or nothing where one of them refuses."""
-        if not self._windows:
+        if not self.windows:
             return Reservation(client, tokens, now_ns)
         account = self._accounts.get(client)
         if account is None:
@@ -141,7 +175,8 @@ class Quotas:
             else:
                 return self._refusal(_NOTHING_TAKEN, tokens, now_ns)
         else:
-            account.expire(now_ns, self._keep_ns)
+            if now_ns >= account.due_ns:
+                account.expire(now_ns, self._keep_ns)
             if (
                 account.minute_requests >= self._per_minute
                 or account.requests >= self._per_hour
@@ -163,12 +198,42 @@ class Quotas:
 
     def standings(self, client: str, now_ns: int) -> list[Standing]:
         """How a client stands in each window, in the order of ``windows_of``."""
-        account = self._accounts.get(client)
-        if account is None:
-            account = _NOTHING_TAKEN
-        else:
+        account = self._up_to_date(client, now_ns)
+        standings = []
+        for window in self.windows:
+            used, first = _counted(account, window)
+            start_ns = now_ns if first is None else first.at_ns
+            reset_s = (start_ns - now_ns + window.window_s * SECOND_NS) / SECOND_NS
+            left = max(0, window.limit - used)
+            standings.append(Standing(window.name, window.what, window.limit, left, reset_s, window.window_s))
+        return standings
+
+    def spare(self, client: str, now_ns: int) -> Spare:
+        """``spare_of`` the client's standings, without making them: it is told with every reply."""
+        account = self._up_to_date(client, now_ns)
+        first, window, reset_ns = account.minute_start, "minute", MINUTE_NS
+        if first is not None:
+            reset_ns += first.at_ns - now_ns
+        tokens_reset_ns, tokens = reset_ns, self._tokens_per_minute - account.minute_tokens
+        left, hour_left = self._per_minute - account.minute_requests, self._per_hour - account.requests
+        if hour_left <= left or hour_left <= 0:
+            first, hour_reset_ns = account.oldest, _HOUR_NS
+            if first is not None:
+                hour_reset_ns += first.at_ns - now_ns
+            left, hour_left = max(0, left), max(0, hour_left)
+            if hour_left < left or hour_reset_ns > reset_ns:
+                window, left, reset_ns = "hour", hour_left, hour_reset_ns
+        if not self._counts_requests:
+            window, left, reset_ns = "", 0, 0
+        # In whole seconds, rounded up.
+        reset_s, tokens_reset_s = -(-reset_ns // SECOND_NS), -(-tokens_reset_ns // SECOND_NS)
+        return Spare(window, left if left > 0 else 0, reset_s, tokens if tokens > 0 else 0, tokens_reset_s)
+
+    def _up_to_date(self, client: str, now_ns: int) -> Account:
+        account = self._accounts.get(client) or _NOTHING_TAKEN
+        if now_ns >= account.due_ns:
             account.expire(now_ns, self._keep_ns)
-        return [_standing(account, window, now_ns) for window in self._windows]
+        return account
 
     def _open(self, client: str, now_ns: int) -> Account:
         accounts = self._accounts
@@ -186,7 +251,8 @@ class Quotas:
         if not isinstance(held, tuple):
             return
         account, entry = held
-        account.expire(now_ns, self._keep_ns)
+        if now_ns >= account.due_ns:
+            account.expire(now_ns, self._keep_ns)
         account.change(entry, requests, tokens)
         if account.newest is None and self._accounts.get(reservation.client) is account:
             del self._accounts[reservation.client]
@@ -197,7 +263,7 @@ class Quotas:
         if never is not None:
             return never
         waits = []
-        for window in self._windows:
+        for window in self.windows:
             excess = _counted(account, window)[0] + (tokens if window.what == "tokens" else 1) - window.limit
             if excess > 0:
                 waits.append((_until_free_s(account, window, excess, now_ns), window))
@@ -205,7 +271,7 @@ class Quotas:
         return Exceeded(window.name, window.what, window.limit, wait_s)
 
     def __repr__(self) -> str:
-        bounds = ", ".join(f"{window.limit} {window.what}/{window.name}" for window in self._windows)
+        bounds = ", ".join(f"{window.limit} {window.what}/{window.name}" for window in self.windows)
         return f"<Quotas {bounds or 'none'}; {len(self._accounts)} clients>"
 
 
@@ -225,10 +291,3 @@ def _until_free_s(account: Account, window: Window, excess: int, now_ns: int) ->
         excess -= entry.tokens if window.what == "tokens" else entry.requests
         last_ns, entry = entry.at_ns, entry.next
     return (last_ns - now_ns + window.window_s * SECOND_NS) / SECOND_NS
-
-
-def _standing(account: Account, window: Window, now_ns: int) -> Standing:
-    used, oldest = _counted(account, window)
-    start_ns = now_ns if oldest is None else oldest.at_ns
-    reset_s = (start_ns - now_ns + window.window_s * SECOND_NS) / SECOND_NS
-    return Standing(window.name, window.what, window.limit, max(0, window.limit - used), reset_s, window.window_s)

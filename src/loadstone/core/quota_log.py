@@ -1,7 +1,8 @@
 """What one client took, in order of time: the log behind a quota, with running totals. Pure.
 
 The log reaches back over the longest window. A mark in it shows where the last minute begins, and there is a total for
-each of the two stretches, so that checking a quota is a comparison. Whoever reads the totals calls ``expire`` first.
+each of the two stretches, so that checking a quota is a comparison. Whoever reads the totals calls ``expire`` first,
+once ``due_ns`` has come.
 """
 
 import msgspec
@@ -26,7 +27,7 @@ class Entry(msgspec.Struct, weakref=False):
 class Account:
     """The log of one client and its totals."""
 
-    __slots__ = ("minute_requests", "minute_start", "minute_tokens", "newest", "oldest", "requests")
+    __slots__ = ("due_ns", "minute_requests", "minute_start", "minute_tokens", "newest", "oldest", "requests")
 
     def __init__(self) -> None:
         self.oldest: Entry | None = None
@@ -36,6 +37,8 @@ class Account:
         self.requests = 0
         self.minute_requests = 0
         self.minute_tokens = 0
+        self.due_ns = 0
+        """Nothing has to be subtracted before."""
 
     def expire(self, now_ns: int, keep_ns: int) -> None:
         """Subtract what has left the minute and drop what is older than ``keep_ns``."""
@@ -54,6 +57,12 @@ class Account:
                 self.newest = None
             else:
                 entry.previous = None
+        start, oldest = self.minute_start, self.oldest
+        self.due_ns = now_ns + MINUTE_NS  # what comes from now on stays for that long
+        if start is not None and start.at_ns + MINUTE_NS < self.due_ns:
+            self.due_ns = start.at_ns + MINUTE_NS
+        if oldest is not None and oldest.at_ns + keep_ns < self.due_ns:
+            self.due_ns = oldest.at_ns + keep_ns
 
     def take(self, tokens: int, at_ns: int) -> Entry:
         """Count one request at ``at_ns``, or at the newest entry where that is later."""
@@ -77,14 +86,19 @@ class Account:
 
     def change(self, entry: Entry, requests: int, tokens: int) -> None:
         """Add to an entry and to the totals that still count it; an entry without requests leaves the log."""
-        if self.oldest is None or entry.at_ns < self.oldest.at_ns:
+        oldest, start = self.oldest, self.minute_start
+        if oldest is None or entry.at_ns < oldest.at_ns:
             return
-        entry.requests += requests
-        entry.tokens += tokens
-        self.requests += requests
-        if self.minute_start is not None and entry.at_ns >= self.minute_start.at_ns:
-            self.minute_requests += requests
+        in_minute = start is not None and entry.at_ns >= start.at_ns
+        if in_minute:
             self.minute_tokens += tokens
+        entry.tokens += tokens
+        if not requests:
+            return
+        if in_minute:
+            self.minute_requests += requests
+        self.requests += requests
+        entry.requests += requests
         if not entry.requests:
             self._unlink(entry)
 

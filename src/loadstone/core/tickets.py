@@ -33,7 +33,7 @@ class State(enum.Enum):
     ENDED = "ended"
 
 
-class Want(msgspec.Struct, frozen=True):
+class Want(msgspec.Struct, frozen=True, gc=False):
     """What a request asks for."""
 
     client: str
@@ -65,46 +65,28 @@ class Share:
         return f"<Share of {self.client}: {self.counter}, {self.running} running, {len(self.waiting or ())} waiting>"
 
 
-class Ticket:
+class Ticket(msgspec.Struct, eq=False, gc=False):
     """One request; compared by identity. Read it; only ``Admission`` changes it."""
 
-    __slots__ = (
-        "avoid",
-        "charge",
-        "granted_ns",
-        "number",
-        "offered_ns",
-        "place",
-        "queued_ns",
-        "refusal",
-        "share",
-        "state",
-        "tokens",
-        "want",
-    )
-
-    # Set when it first queues, as most never do.
-    queued_ns: int
+    want: Want
+    offered_ns: int
+    tokens: int
+    """What it takes of the budget while GRANTED."""
+    state: State = State.QUEUED
+    refusal: Refusal | None = None
+    """Why, while REFUSED."""
+    granted_ns: int | None = None
+    """When it was last granted."""
+    place: Upstream | None = None
+    share: Share | None = None
+    """Set once it has been charged for."""
+    charge: int = 0
+    queued_ns: int = 0
     """Since when it waits; anew after a move."""
-    number: int
+    number: int = 0
     """Its order in the queue."""
-
-    def __init__(self, want: Want, now_ns: int) -> None:
-        self.want = want
-        self.state = State.QUEUED
-        self.refusal: Refusal | None = None
-        """Why, while REFUSED."""
-        self.offered_ns = now_ns
-        self.granted_ns: int | None = None
-        """When it was last granted."""
-        self.tokens = want.tokens
-        """What it takes of the budget while GRANTED."""
-        self.place: Upstream | None = None
-        self.share: Share | None = None
-        """Set once it has been charged for."""
-        self.charge = 0
-        self.avoid: frozenset[str] | None = None
-        """While it waits after a move: where it may not go."""
+    avoid: frozenset[str] | None = None
+    """While it waits after a move: where it may not go."""
 
     @property
     def upstream(self) -> str | None:

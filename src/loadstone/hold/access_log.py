@@ -8,8 +8,8 @@ from typing import IO
 import msgspec
 
 from loadstone.core.errors import UsageError
-from loadstone.hold.accounts import Account
-from loadstone.hold.relay import Finished, Relay
+from loadstone.hold.relay import Relay
+from loadstone.hold.relay_peers import Finished
 
 _encode = msgspec.json.Encoder().encode
 
@@ -30,27 +30,27 @@ class AccessLog:
     def __repr__(self) -> str:
         return f"<AccessLog {self._path}>"
 
-    def write(self, relay: Relay, account: Account, finished: Finished) -> None:
+    def write(self, relay: Relay, finished: Finished) -> None:
         """One line. Times in seconds."""
         since_ns = relay.arrived_ns
-        job = relay.job
+        asked, account = relay.asked, relay.account
         line = {
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "id": job.request_id.decode("ascii", "replace"),
+            "id": relay.request_id.decode("ascii", "replace"),
             "client": account.client,
             "address": account.address,
-            "method": job.method,
-            "path": job.target.partition(b"?")[0].decode("latin-1"),
+            "method": asked.method,
+            "path": asked.target.partition(b"?")[0].decode("latin-1"),
             "outcome": finished.outcome.value,
-            "status": finished.status,
-            "upstream": finished.upstream,
-            "attempts": finished.attempts,
-            "wait_s": _seconds((finished.granted_ns or finished.ended_ns) - since_ns),
-            "ttft_s": _seconds(finished.first_ns - since_ns) if finished.first_ns else None,
+            "status": relay.status,
+            "upstream": relay.upstream_name,
+            "attempts": relay.attempts,
+            "wait_s": _seconds((relay.granted_ns or finished.ended_ns) - since_ns),
+            "ttft_s": _seconds(relay.first_ns - since_ns) if relay.first_ns else None,
             "total_s": _seconds(finished.ended_ns - since_ns),
             "tokens": finished.tokens,
             "output_tokens": finished.output_tokens,
-            "error": finished.error,
+            "error": relay.error,
         }
         self._file.write(_encode(line) + b"\n")
         if self._path == "-":

@@ -1,66 +1,109 @@
-"""Whose request it is: read from its head in one pass, and what it has taken from the quota."""
+"""Whose request it is and what it is about: read from its head, once for all requests under the same head."""
+
+from urllib.parse import unquote
 
 import msgspec
 
-from loadstone.core.quota import Reservation, Standing
-from loadstone.hold.api_keys import ApiKeys
+from loadstone.hold.api_keys import ApiKey, ApiKeys, without_admin_key
 from loadstone.hold.clients import Callers
-from loadstone.hold.headers import Header
-from loadstone.wire.server import IncomingRequest
+from loadstone.hold.headers import Header, UpstreamHead, relayed_target, sane_id
+from loadstone.hold.shaping import Kind, kind_of
+from loadstone.wire.server import RequestHead
 
 _READ = frozenset((b"content-type", b"content-encoding", b"x-request-id", b"x-forwarded-for"))
-_NONE: list[bytes] = []
+_METADATA = "/models"
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_WITH_BODY = ("POST", "PUT", "PATCH")
+_MOST_PEERS = 1024
 
 
 class Asked(msgspec.Struct):
-    """The few headers that the gate itself looks at; of each but the last the first value."""
+    """What the gate makes of a head."""
 
-    content_type: bytes | None = None
-    content_encoding: bytes | None = None
-    request_id: bytes | None = None
-    forwarded_for: list[bytes] = _NONE
+    method: str
+    target: bytes
+    """As a server takes it."""
+    headers: list[Header]
+    """As they may go on."""
+    content_encoding: bytes | None
+    request_id: bytes | None
+    """The client's own, where it has a sane one."""
+    forwarded_for: list[bytes]
+    key: ApiKey | None
+    """The valid key that it shows."""
+    known: bool
+    """It shows one, or none is wanted."""
+    kind: Kind | None
+    """Of its body; None where it has none that counts."""
+    metadata: bool
+    """It only asks what there is: that costs nothing."""
+    accounts: dict[str, "Account"]
+    """Whose requests came under this head, by the address of the peer."""
+    written: dict[tuple[str, bool], UpstreamHead]
+    """Its heads for upstreams that it was sent to before, by URL and whether it came through a trusted proxy."""
 
 
-def read_asked(headers: list[Header]) -> Asked:
-    """One pass over the head, on the hot path."""
-    asked = Asked(forwarded_for=_NONE)
-    for name, value in headers:
+def read_asked(head: RequestHead, keys: ApiKeys | None, admin_key: str, *, admin: bool) -> Asked:
+    """``admin``: it shows the admin key, which goes no further."""
+    content_type = content_encoding = request_id = None
+    forwarded_for: list[bytes] = []
+    for name, value in head.headers:
         if name not in _READ:
             continue
         if name == b"content-type":
-            asked.content_type = asked.content_type or value
+            content_type = content_type or value
         elif name == b"x-request-id":
-            asked.request_id = asked.request_id or value
+            request_id = request_id or value
         elif name == b"x-forwarded-for":
-            asked.forwarded_for = [*asked.forwarded_for, value]
+            forwarded_for.append(value)
         else:
-            asked.content_encoding = asked.content_encoding or value
-    return asked
+            content_encoding = content_encoding or value
+    key = None if keys is None else keys.identify(head.headers)
+    # A server reads a path without its percent signs, and so must who holds it to limits.
+    path = unquote(head.path) if "%" in head.path else head.path
+    return Asked(
+        head.method,
+        relayed_target(head.target, head.path, head.query),
+        without_admin_key(head.headers, admin_key) if admin else head.headers,
+        content_encoding,
+        sane_id(request_id),
+        forwarded_for,
+        key,
+        keys is None or key is not None,
+        kind_of(path, content_type) if head.method in _WITH_BODY else None,
+        head.method in _SAFE and head.path.rstrip("/").endswith(_METADATA),
+        {},
+        {},
+    )
 
 
-class Account(msgspec.Struct, gc=False):
-    """One request's client."""
+class Account(msgspec.Struct, frozen=True, gc=False):
+    """Whose request it is."""
 
     client: str
     """Whom quotas and turns are counted for."""
     address: str
-    forwarded: list[bytes]
-    """X-Forwarded-For as it came from a trusted proxy."""
-    priority: int = 0
-    known: bool = True
+    forwarded_for: bytes
+    """X-Forwarded-For as it goes on."""
+    proxied: bool
+    """A trusted proxy says on whose behalf it asks."""
+    priority: int
+    known: bool
     """It showed a valid key, where one is wanted."""
-    reservation: Reservation | None = None
-    standings: list[Standing] | None = None
-    """How the client stood when this was asked for; from Redis, where quotas are shared."""
 
 
-def account_of(request: IncomingRequest, asked: Asked, callers: Callers, keys: ApiKeys | None) -> Account:
+def account_of(peer: str, asked: Asked, callers: Callers) -> Account:
     """Who asks: by key where keys are wanted, else by address."""
-    caller = callers.find(request.peer, asked.forwarded_for)
-    forwarded = asked.forwarded_for if caller.proxied else _NONE
-    if keys is None:
-        return Account(caller.key, caller.address, forwarded)
-    key = keys.identify(request.headers)
-    if key is None:
-        return Account(caller.key, caller.address, forwarded, known=False)
-    return Account(f"key:{key.name}", caller.address, forwarded, priority=key.priority)
+    account = asked.accounts.get(peer)
+    if account is None:
+        if len(asked.accounts) >= _MOST_PEERS:
+            asked.accounts.clear()
+        account = asked.accounts[peer] = _identify(peer, asked, callers)
+    return account
+
+
+def _identify(peer: str, asked: Asked, callers: Callers) -> Account:
+    caller, key = callers.find(peer, asked.forwarded_for), asked.key
+    proxied = caller.proxied and bool(asked.forwarded_for)
+    client, priority = (caller.key, 0) if key is None else (f"key:{key.name}", key.priority)
+    return Account(client, caller.address, caller.forwarded_for, proxied, priority, asked.known)

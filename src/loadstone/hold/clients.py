@@ -122,6 +122,8 @@ class Caller(NamedTuple):
     key: str
     proxied: bool
     """The peer is a trusted proxy: its X-Forwarded-* headers are believed."""
+    forwarded_for: bytes
+    """X-Forwarded-For as it goes on: the peer, behind what a trusted one says."""
 
 
 class Callers:
@@ -148,7 +150,9 @@ class Callers:
     def _identify(self, peer: str, forwarded_for: Sequence[bytes]) -> Caller:
         address = client_address(peer, forwarded_for, self._trusted)
         hop = _parse(peer)
-        return Caller(address, client_key(address), hop is not None and hop in self._trusted)
+        proxied = hop is not None and hop in self._trusted
+        chain = [*(forwarded_for if proxied else ()), *([peer.encode("ascii", "replace")] if peer else [])]
+        return Caller(address, client_key(address), proxied, b", ".join(chain))
 
     def __repr__(self) -> str:
         return f"<Callers behind {self._trusted!r}, {len(self._known)} remembered>"

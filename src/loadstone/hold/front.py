@@ -8,7 +8,6 @@ import asyncio
 import os
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from loadstone.core.admission import Want
 from loadstone.core.clock import Clock, Timer
@@ -16,17 +15,16 @@ from loadstone.core.outcomes import Outcome
 from loadstone.core.quota import Exceeded, Quotas, Reservation
 from loadstone.core.refusals import BadAskError
 from loadstone.hold.access_log import AccessLog
-from loadstone.hold.accounts import Account, Asked, account_of, read_asked
-from loadstone.hold.api_keys import without_admin_key
+from loadstone.hold.accounts import Asked, account_of, read_asked
 from loadstone.hold.clients import Callers
 from loadstone.hold.configuration import Enforced
 from loadstone.hold.endings import spent_tokens, wait_hint_s
-from loadstone.hold.headers import relayed_target, request_id
 from loadstone.hold.options import GateOptions
 from loadstone.hold.permits import Permits
-from loadstone.hold.rate_headers import rate_limit_lines
-from loadstone.hold.relay import Finished, Job, Relay
-from loadstone.hold.shaping import Shaped, shape
+from loadstone.hold.rate_headers import RateLines, rate_limit_lines
+from loadstone.hold.relay import Relay
+from loadstone.hold.relay_peers import Finished
+from loadstone.hold.shaping import Shaped, shape_kind
 from loadstone.hold.status import Ended, Status
 from loadstone.hold.upstreams import Upstreams, UpstreamServer
 from loadstone.wire.server import IncomingRequest, Response
@@ -38,9 +36,8 @@ if TYPE_CHECKING:
 _NEVER_NS = 1 << 62
 _SWEEP_NS = 100_000_000
 _UPSTREAM_BACK_S = 2.0
-_METADATA = "/models"
-_SAFE = ("GET", "HEAD", "OPTIONS")
-_WITH_BODY = ("POST", "PUT", "PATCH")
+# An enumeration's members are slow to read in Python 3.11, and this one is read for every request.
+_OK = Outcome.OK
 
 
 class Front:
@@ -70,7 +67,7 @@ class Front:
         self._access_log = access_log
         self._shared_quotas = shared_quotas
         self._callers = Callers(options.trusted)
-        self._relays: dict[Relay, Account] = {}
+        self._relays: dict[Relay, None] = {}
         self._sweeper: Timer | None = None
         self._empty = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
@@ -83,8 +80,8 @@ class Front:
 
     def apply(self, enforced: Enforced) -> None:
         """Other limits and quotas from now on; what runs or waits keeps its own deadline."""
-        self._set(enforced)
         self.quotas.configure(enforced.quotas)
+        self._set(enforced)
         if self._shared_quotas is not None:
             self._shared_quotas.configure(enforced.quotas)
 
@@ -92,6 +89,7 @@ class Front:
         self._enforced = enforced
         timeout_s = enforced.limits.request_timeout_s
         self._timeout_ns = None if timeout_s is None else int(timeout_s * 1e9)
+        self._rate_lines = RateLines(self.quotas.windows)
 
     def drain(self) -> None:
         """Refuse what is new."""
@@ -135,62 +133,52 @@ class Front:
         """One request, whole, for an upstream."""
         self.status.received()
         arrived_ns = self.now_ns()
-        asked = read_asked(request.headers)
-        account = account_of(request, asked, self._callers, self._options.api_keys)
+        head = request.head
+        asked = head.notes
+        if not isinstance(asked, Asked):
+            asked = head.notes = read_asked(head, self._options.api_keys, self._options.admin_key, admin=admin)
+        account = account_of(request.peer, asked, self._callers)
         self._ids += 1
-        job = Job(
-            request.method,
-            relayed_target(request.target, request.path, request.query),
-            without_admin_key(request.headers, self._options.admin_key) if admin else request.headers,
-            request.body,
-            request_id(asked.request_id, b"%b%x" % (self._id_prefix, self._ids)),
-            request.peer.encode("ascii", "replace"),
-            account.forwarded,
-        )
+        request_id = asked.request_id or b"%b%x" % (self._id_prefix, self._ids)
         deadline_ns = _NEVER_NS if self._timeout_ns is None else arrived_ns + self._timeout_ns
-        relay = Relay(self, job, account, response, arrived_ns, deadline_ns)
-        self._relays[relay] = account
+        relay = Relay(self, asked, account, request.body, request_id, response, arrived_ns, deadline_ns)
+        self._relays[relay] = None
+        if self._sweeper is None and self._timeout_ns is not None:
+            self._sweeper = self._clock.call_at(arrived_ns + _SWEEP_NS, self._sweep)
         if self.draining:
             response.close_after = True
             relay.refuse(Outcome.DRAINING)
         elif not (account.known or admin):
             relay.refuse(Outcome.UNAUTHORIZED, "send Authorization: Bearer KEY")
         else:
-            self._shape(relay, request, asked, unlimited=admin or self._options.unlimited)
+            self._shape(relay, admin or self._options.unlimited)
 
-    def _shape(self, relay: Relay, request: IncomingRequest, asked: Asked, *, unlimited: bool) -> None:
+    def _shape(self, relay: Relay, unlimited: bool) -> None:
         """Hold the body to the limits, then ask for quota and place."""
+        asked, account = relay.asked, relay.account
+        kind = asked.kind
         try:
-            shaped = self._shaped(request, asked)
+            shaped = Shaped(relay.body, 0) if kind is None else shape_kind(kind, relay.body, self._enforced.limits)
         except BadAskError as error:
             coding = asked.content_encoding
             unread = f"Content-Encoding {coding.decode('latin-1')} is not read here; send it as it is" if coding else ""
             relay.refuse(Outcome.BAD_REQUEST, unread or str(error), error.param)
             return
-        relay.job.body = shaped.body
-        metadata = request.method in _SAFE and request.path.rstrip("/").endswith(_METADATA)
-        account = relay.account
+        relay.body = shaped.body
         want = Want(
             account.client,
             relay.deadline_ns,
             shaped.tokens,
             account.priority,
             shaped.affinity if self._options.affinity else None,
-            unlimited or metadata,
+            unlimited or asked.metadata,
         )
         if want.unlimited:
-            self._begin(relay, want)
+            relay.begin(want)
         elif self._shared_quotas is not None:
             self._in_background(self._reserve_shared(relay, want, self._shared_quotas))
         else:
             self._reserved(relay, want, self.quotas.reserve(account.client, shaped.tokens, relay.arrived_ns))
-
-    def _shaped(self, request: IncomingRequest, asked: Asked) -> Shaped:
-        """A server reads a path without its percent signs, and so must who holds it to limits. Raises BadAskError."""
-        if request.method not in _WITH_BODY:
-            return Shaped(request.body, 0)
-        path = unquote(request.path) if "%" in request.path else request.path
-        return shape(path, asked.content_type, request.body, self._enforced.limits)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -205,7 +193,7 @@ class Front:
             if not isinstance(reservation, Exceeded):
                 await quotas.refund(reservation)
             return
-        relay.account.standings = standings
+        relay.standings = standings
         self._reserved(relay, want, reservation)
 
     def _reserved(self, relay: Relay, want: Want, reservation: Reservation | Exceeded) -> None:
@@ -213,12 +201,7 @@ class Front:
             detail = f"at most {reservation.limit} {reservation.what} per {reservation.window}"
             relay.refuse(Outcome.RATE_LIMITED, detail, wait_s=reservation.retry_after_s)
             return
-        relay.account.reservation = reservation
-        self._begin(relay, want)
-
-    def _begin(self, relay: Relay, want: Want) -> None:
-        if self._sweeper is None and want.deadline_ns != _NEVER_NS:
-            self._sweeper = self._clock.call_at(self.now_ns() + _SWEEP_NS, self._sweep)
+        relay.reservation = reservation
         relay.begin(want)
 
     def _sweep(self) -> None:
@@ -245,45 +228,43 @@ class Front:
         throughput_rps = evidence.throughput_rps if evidence is not None else None
         return wait_hint_s(self.permits.admission.retry_after_s(self.now_ns()), self._enforced.limits, throughput_rps)
 
-    def standing_lines(self, account: Account) -> bytes:
+    def standing_lines(self, relay: Relay) -> bytes:
         """Where a client stands with its quota."""
-        if account.standings is None:
-            if not account.known:
-                return b""
-            account.standings = self.quotas.standings(account.client, self.now_ns())
-        return rate_limit_lines(account.standings)
+        if relay.standings is not None:
+            return rate_limit_lines(relay.standings)
+        account = relay.account
+        return self._rate_lines.of(self.quotas.spare(account.client, self.now_ns())) if account.known else b""
 
     def finished(self, relay: Relay, finished: Finished) -> None:
         """The one end of a request: quota, figures, log."""
-        account = self._relays.pop(relay)
-        self._settle(relay, account, finished)
-        arrived_ns, first_ns, ended_ns = relay.arrived_ns, finished.first_ns, finished.ended_ns
+        del self._relays[relay]
+        if relay.reservation is not None:
+            self._settle(relay, relay.reservation, finished)
+        arrived_ns, first_ns, ended_ns = relay.arrived_ns, relay.first_ns, finished.ended_ns
+        granted_ns = relay.granted_ns
         self.status.ended(
             Ended(
                 finished.outcome,
-                account.client,
-                finished.upstream,
-                finished.granted_ns != 0,
+                relay.account.client,
+                relay.upstream_name,
+                granted_ns != 0,
                 (ended_ns - arrived_ns) / 1e9,
                 (first_ns - arrived_ns) / 1e9 if first_ns else None,
-                ((finished.granted_ns or ended_ns) - arrived_ns) / 1e9,
+                ((granted_ns or ended_ns) - arrived_ns) / 1e9,
                 finished.output_tokens,
             ),
             ended_ns / 1e9,
         )
         if self._access_log is not None:
-            self._access_log.write(relay, account, finished)
+            self._access_log.write(relay, finished)
         if not self._relays:
             self._empty.set()
 
-    def _settle(self, relay: Relay, account: Account, finished: Finished) -> None:
+    def _settle(self, relay: Relay, reservation: Reservation, finished: Finished) -> None:
         """What was served is paid for; a request that was refused, by anyone, costs nothing."""
-        reservation = account.reservation
-        if reservation is None:
-            return
         spent = None
-        if finished.paid_for:
-            spent = spent_tokens(finished.tokens, finished.output_tokens, len(relay.job.body), reservation.tokens)
+        if finished.outcome is _OK or relay.paid_for(finished.outcome):
+            spent = spent_tokens(finished.tokens, finished.output_tokens, len(relay.body), reservation.tokens)
         if self._shared_quotas is not None:
             self._in_background(_settle_shared(self._shared_quotas, reservation, spent))
         elif spent is not None:

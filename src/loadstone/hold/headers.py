@@ -6,6 +6,8 @@ about its own address is not believed, only added to by proxies that are trusted
 
 from collections.abc import Iterable
 
+import msgspec
+
 from loadstone.hold.rate_headers import NAMES as RATE_NAMES
 
 Header = tuple[bytes, bytes]
@@ -45,8 +47,9 @@ _OURS = frozenset(
 _NOT_FORWARDED = _HOP_BY_HOP | _OURS
 _NOT_RETURNED = frozenset((b"server", b"x-request-id", b"x-accel-buffering", b"via", b"x-loadstone-reason"))
 _NOT_RETURNED_WITH_RATES = _NOT_RETURNED | RATE_NAMES
-_WHOLE = b"via: " + VIA + b"\r\nx-request-id: %b\r\n"
-_STREAMED = _WHOLE + b"x-accel-buffering: no\r\n"
+_WHOLE = b"via: " + VIA + b"\r\nx-request-id: "
+# A proxy before the gate must not hold events back.
+_UNBUFFERED = b"\r\nx-accel-buffering: no\r\n"
 _PLAIN_CONNECTION = frozenset((b"keep-alive", b"close"))
 _KEYS = frozenset((b"authorization", b"x-api-key"))
 _MOST_REQUEST_ID = 128
@@ -70,11 +73,11 @@ def relayed_target(target: bytes, path: str, query: bytes) -> bytes:
     return path.encode("latin-1") + (b"?" + query if query else b"")
 
 
-def request_id(given: bytes | None, fresh: bytes) -> bytes:
-    """The client's own id where it is sane, else ``fresh``."""
+def sane_id(given: bytes | None) -> bytes | None:
+    """The client's own X-Request-Id where it is fit to be handed on."""
     if not given or len(given) > _MOST_REQUEST_ID:
-        return fresh
-    return given if given.translate(None, b"-_.:").isalnum() else fresh
+        return None
+    return given if given.translate(None, b"-_.:").isalnum() else None
 
 
 def _of_all_hops(headers: list[Header]) -> list[Header]:
@@ -86,23 +89,38 @@ def _of_all_hops(headers: list[Header]) -> list[Header]:
     return headers
 
 
+class UpstreamHead(msgspec.Struct, frozen=True):
+    """The head of a request as an upstream gets it, but for what is the request's own."""
+
+    start: bytes
+    sized: bool
+    """There is a Content-Length even if it is 0."""
+    chain: bytes
+    """From the size to X-Forwarded-For."""
+    rest: bytes
+    """From there to X-Request-Id."""
+
+    def with_body(self, body: bytes, forwarded_for: bytes, request_id: bytes) -> bytes:
+        """The whole request. ``forwarded_for``: all hops, the peer the last of them."""
+        size = b"content-length: %d\r\n" % len(body) if body or self.sized else b""
+        parts = (self.start, size, self.chain, forwarded_for, self.rest, request_id, b"\r\n\r\n", body)
+        return b"".join(parts)
+
+
 def upstream_head(
     method: str,
     target: bytes,
     headers: list[Header],
     *,
     netloc: bytes,
-    length: int,
-    request_id: bytes,
-    peer: bytes,
-    forwarded: list[bytes],
+    proxied: bool,
     authorization: bytes | None,
     drop_authorization: bool,
-) -> bytes:
+) -> UpstreamHead:
     """The head of the request as the upstream gets it.
 
-    ``forwarded``: the values of X-Forwarded-For that came from a trusted proxy, empty where the peer is none.
-    ``authorization`` replaces the client's; ``drop_authorization`` hides a key that is the gate's own.
+    ``proxied``: X-Forwarded-* came from a trusted proxy. ``authorization`` replaces the client's;
+    ``drop_authorization`` hides a key that is the gate's own.
     """
     hides_keys = drop_authorization or authorization is not None
     lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode("ascii"), target, netloc)]
@@ -113,7 +131,7 @@ def upstream_head(
                 host = value
             elif name == b"via":
                 via = b"%b, %b" % (value, via)
-            elif name == b"x-forwarded-proto" and forwarded and value in (b"http", b"https"):
+            elif name == b"x-forwarded-proto" and proxied and value in (b"http", b"https"):
                 proto = value
             continue
         if hides_keys and name in _KEYS:
@@ -121,14 +139,12 @@ def upstream_head(
         lines.append(b"%b: %b\r\n" % (name, value))
     if authorization:
         lines.append(b"authorization: %b\r\n" % authorization)
-    if length or method not in ("GET", "HEAD", "OPTIONS", "DELETE"):
-        lines.append(b"content-length: %d\r\n" % length)
-    chain = b", ".join([*forwarded, peer]) if peer else b", ".join(forwarded)
-    lines.append(
-        b"via: %b\r\nx-forwarded-for: %b\r\nx-forwarded-host: %b\r\nx-forwarded-proto: %b\r\nx-request-id: %b\r\n\r\n"
-        % (via, chain, host, proto, request_id)
+    return UpstreamHead(
+        b"".join(lines),
+        method not in ("GET", "HEAD", "OPTIONS", "DELETE"),
+        b"via: %b\r\nx-forwarded-for: " % via,
+        b"\r\nx-forwarded-host: %b\r\nx-forwarded-proto: %b\r\nx-request-id: " % (host, proto),
     )
-    return b"".join(lines)
 
 
 def header_pairs(lines: bytes) -> list[Header]:
@@ -142,15 +158,32 @@ def header_lines(headers: Iterable[Header]) -> bytes:
     return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
-def reply_lines(headers: list[Header], request_id: bytes, *, streams: bool, rates: bytes) -> bytes:
-    """The upstream's headers (its hop-by-hop ones already removed) as the client gets them, as lines.
+class ReplyLines(msgspec.Struct, frozen=True):
+    """The headers of an upstream's reply as the client gets them, but for what is the request's own."""
 
-    ``rates``: where the client stands with its quota here, which hides what the upstream says of its own.
-    """
-    hidden = _NOT_RETURNED_WITH_RATES if rates else _NOT_RETURNED
-    lines = [b"%b: %b\r\n" % header for header in headers if header[0] not in hidden]
-    # A proxy before the gate must not hold events back.
-    ours = _STREAMED if streams else _WHOLE
-    lines.append(ours % request_id)
-    lines.append(rates)
-    return b"".join(lines)
+    streams: bool
+    """The body is a stream of events."""
+    says_when: bool
+    """It tells when to come back."""
+    plain: bytes
+    """To the place of the request's id."""
+    with_rates: bytes
+    """The same where the client's standing with its quota here hides what the upstream says of its own."""
+    last: bytes
+    """Behind the id."""
+
+    def of(self, request_id: bytes, rates: bytes) -> bytes:
+        """As lines, each with its end; ``rates``: where the client stands with its quota here."""
+        return b"".join((self.with_rates if rates else self.plain, request_id, self.last, rates))
+
+
+def reply_lines(headers: list[Header]) -> ReplyLines:
+    """From the upstream's headers, its hop-by-hop ones already removed."""
+    kind = first(headers, b"content-type") or b""
+    streams = kind.startswith(b"text/event-stream")
+    plain, with_rates = (
+        header_lines(header for header in headers if header[0] not in hidden) + _WHOLE
+        for hidden in (_NOT_RETURNED, _NOT_RETURNED_WITH_RATES)
+    )
+    says_when = first(headers, b"retry-after") is not None
+    return ReplyLines(streams, says_when, plain, with_rates, _UNBUFFERED if streams else b"\r\n")

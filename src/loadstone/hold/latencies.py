@@ -2,9 +2,9 @@
 
 import math
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Sequence
-from itertools import accumulate
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, repeat
 
 WINDOW_S = 300.0
 """How far back "recent" reaches."""
@@ -30,11 +30,12 @@ class Latencies:
         self._recent: deque[tuple[float, float]] = deque(maxlen=_MOST_SAMPLES)
         self.sum_s = 0.0
 
-    def add(self, now_s: float, latency_s: float) -> None:
-        """``now_s`` never goes back."""
-        self._counts[bisect_left(self._bounds_s, latency_s)] += 1
-        self.sum_s += latency_s
-        self._recent.append((now_s, latency_s))
+    def add(self, times_s: Iterable[float], latencies_s: Sequence[float]) -> None:
+        """Some latencies, and when each ended, which never goes back."""
+        for bucket, count in Counter(map(bisect_left, repeat(self._bounds_s), latencies_s)).items():
+            self._counts[bucket] += count
+        self.sum_s += sum(latencies_s)
+        self._recent.extend(zip(times_s, latencies_s, strict=True))
 
     def summary(self, now_s: float) -> dict[str, float | int | None]:
         """{n, mean, p50, p95, p99} of the recent ones; all but ``n`` are None where there is none."""

@@ -52,7 +52,7 @@ class Pages:
 
     def serve(self, request: IncomingRequest, response: Response, *, admin: bool) -> bool:
         """True where the request was for a page of the gate's own, which has been answered."""
-        path = request.path
+        path = request.head.path
         page = self._pages.get(path)
         if page is None and not path.startswith("/ui"):
             return False

@@ -9,10 +9,9 @@ that sends too many. Tokens are not in the draft's registry of quota units, and 
 requests: so they are told in the first family alone.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from loadstone.core.quota import Standing
+from loadstone.core.quota import Spare, Standing, Window, spare_of
 
 NAMES = frozenset(
     (
@@ -29,47 +28,62 @@ NAMES = frozenset(
         b"ratelimit",
     )
 )
-_TIGHTEST = b"x-ratelimit-limit: %d\r\nx-ratelimit-remaining: %d\r\nx-ratelimit-reset: %d\r\n"
+_TIGHTEST = b"x-ratelimit-limit: %d\r\nx-ratelimit-remaining: %%d\r\nx-ratelimit-reset: %d\r\n"
 _REQUESTS = (
-    _TIGHTEST + b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\n"
-    b'x-ratelimit-reset-requests: %b\r\nratelimit: "%b";r=%d;t=%d\r\nratelimit-policy: %b\r\n'
+    _TIGHTEST + b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %%d\r\n"
+    b'x-ratelimit-reset-requests: %b\r\nratelimit: "%b";r=%%d;t=%d\r\nratelimit-policy: %b\r\n'
 )
-_TOKENS = b"x-ratelimit-limit-tokens: %d\r\nx-ratelimit-remaining-tokens: %d\r\nx-ratelimit-reset-tokens: %b\r\n"
+_TOKENS = b"x-ratelimit-limit-tokens: %d\r\nx-ratelimit-remaining-tokens: %%d\r\nx-ratelimit-reset-tokens: %b\r\n"
+_MOST_KEPT = 1024
 
 
-def rate_limit_lines(standings: Iterable[Standing]) -> bytes:
-    """Both families as header lines, names in lower case, each line with its end; nothing where there is no quota."""
-    tightest: Standing | None = None
-    tokens: Standing | None = None
-    policies = b""
-    for standing in standings:
-        if standing.what == "tokens":
-            tokens = standing
-            continue
-        policy = b'"%b";q=%d;w=%d' % (standing.name.encode(), standing.limit, standing.window_s)
-        policies = b"%b, %b" % (policies, policy) if policies else policy
-        if tightest is None or _tighter(standing, tightest):
-            tightest = standing
-    lines = b"" if tightest is None else _of_requests(tightest, policies)
-    return lines if tokens is None else lines + _of_tokens(tokens, alone=tightest is None)
+class RateLines:
+    """The lines under one set of quotas.
+
+    What is left changes with every request, everything else once a second: so the lines are kept with places for it.
+    """
+
+    def __init__(self, windows: Sequence[Window | Standing]) -> None:
+        """``windows``: only their names, kinds and bounds count."""
+        requests = [window for window in windows if window.what == "requests"]
+        self._limits = {window.name: window.limit for window in requests}
+        self._tokens = next((window.limit for window in windows if window.what == "tokens"), None)
+        self._policies = b", ".join(b'"%b";q=%d;w=%d' % (it.name.encode(), it.limit, it.window_s) for it in requests)
+        self._kept: dict[tuple[str, int, int], bytes] = {}
+
+    def __repr__(self) -> str:
+        return f"<RateLines {self._policies.decode()}, {self._tokens or 'no'} tokens>"
+
+    def of(self, spare: Spare) -> bytes:
+        """Both families, names in lower case, each line with its end; nothing where there is no quota."""
+        key = (spare.window, spare.requests_reset_s, spare.tokens_reset_s)
+        lines = self._kept.get(key)
+        if lines is None:
+            lines = self._lines(*key)
+        left, tokens = spare.requests, spare.tokens
+        if self._tokens is None:
+            return lines % (left, left, left) if spare.window else lines
+        return lines % ((left, left, left, tokens) if spare.window else (tokens, tokens))
+
+    def _lines(self, window: str, reset_s: int, tokens_reset_s: int) -> bytes:
+        lines = b""
+        if window:
+            limit = self._limits[window]
+            name, duration = window.encode(), _duration(reset_s)
+            lines = _REQUESTS % (limit, reset_s, limit, duration, name, reset_s, self._policies)
+        if self._tokens is not None:
+            lines += _TOKENS % (self._tokens, _duration(tokens_reset_s))
+            if not window:
+                lines += _TIGHTEST % (self._tokens, tokens_reset_s)
+        if len(self._kept) >= _MOST_KEPT:
+            self._kept.clear()
+        self._kept[window, reset_s, tokens_reset_s] = lines
+        return lines
 
 
-def _tighter(one: Standing, other: Standing) -> bool:
-    """It has less remaining; of equals, it stays so for longer."""
-    return one.remaining < other.remaining or (one.remaining == other.remaining and one.reset_s > other.reset_s)
-
-
-def _of_requests(standing: Standing, policies: bytes) -> bytes:
-    limit, left, reset_s = standing.limit, standing.remaining, math.ceil(standing.reset_s)
-    name = standing.name.encode()
-    duration = _duration(reset_s)
-    return _REQUESTS % (limit, left, reset_s, limit, left, duration, name, left, reset_s, policies)
-
-
-def _of_tokens(standing: Standing, *, alone: bool) -> bytes:
-    limit, left, reset_s = standing.limit, standing.remaining, math.ceil(standing.reset_s)
-    lines = _TOKENS % (limit, left, _duration(reset_s))
-    return lines + _TIGHTEST % (limit, left, reset_s) if alone else lines
+def rate_limit_lines(standings: Sequence[Standing]) -> bytes:
+    """The lines for one client."""
+    return RateLines(standings).of(spare_of(standings))
 
 
 def _duration(seconds: int) -> bytes:

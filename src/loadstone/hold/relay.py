@@ -13,18 +13,14 @@ the permit back, settles or refunds the quota, and counts one outcome. The clien
 client does not read, the upstream is not read.
 """
 
-from collections.abc import Callable
-from typing import Protocol
-
-import msgspec
-
 from loadstone.core.admission import State, Ticket, Want
 from loadstone.core.outcomes import Outcome
+from loadstone.core.quota import Reservation, Standing
 from loadstone.core.refusals import refusal_body, retry_after
-from loadstone.hold.accounts import Account
+from loadstone.hold.accounts import Account, Asked
 from loadstone.hold.endings import DENIED, outcome_of, refusal_reply
-from loadstone.hold.headers import Header, header_lines, reply_lines
-from loadstone.hold.permits import Permits
+from loadstone.hold.headers import ReplyLines, header_lines, reply_lines
+from loadstone.hold.relay_peers import Finished, Shared, Upstream
 from loadstone.hold.signals import Pace
 from loadstone.hold.usage import UsageReader, tokens_of
 from loadstone.wire.server import Response
@@ -38,145 +34,102 @@ _ANSWERED = frozenset((Outcome.OK, Outcome.BAD_REQUEST))
 _CLOSING = frozenset((400, 401))
 # An enumeration's members are slow to read in Python 3.11, and these are read for every request.
 _QUEUED, _GRANTED = State.QUEUED, State.GRANTED
-
-
-class Upstream(Protocol):
-    """What a relay needs of the upstream that it was granted."""
-
-    pace: Pace | None
-    """Where the gaps between tokens are wanted."""
-
-    def send(self, job: "Job", sink: "Relay") -> UpstreamCall: ...
-    def good(self) -> None: ...
-    def busy(self) -> None: ...
-    def broken(self, reason: str) -> None: ...
-    def unreachable(self, reason: str) -> None: ...
-
-
-class Job(msgspec.Struct, gc=False):
-    """What goes upstream, the same at every attempt."""
-
-    method: str
-    target: bytes
-    headers: list[Header]
-    body: bytes
-    request_id: bytes
-    peer: bytes
-    forwarded: list[bytes]
-
-
-class Finished(msgspec.Struct, gc=False):
-    """What became of a request, for the quota, the figures and the log."""
-
-    outcome: Outcome
-    status: int
-    upstream: str
-    granted_ns: int
-    """When it got its first permit; 0 where it got none."""
-    first_ns: int
-    """When the first byte of the body came; 0 where none did."""
-    ended_ns: int
-    tokens: int | None
-    """All tokens of the request where the server counted them."""
-    output_tokens: int
-    attempts: int
-    error: str
-
-    @property
-    def paid_for(self) -> bool:
-        """It got an answer, be it in part, or its client called it off while it was worked on. A 5xx is no answer."""
-        if self.outcome is Outcome.CLIENT_GONE:
-            return self.granted_ns != 0
-        return self.outcome in _ANSWERED or (self.first_ns != 0 and self.status < 400)
-
-
-class Shared(Protocol):
-    """What all relays share: the gate."""
-
-    @property
-    def permits(self) -> Permits: ...
-    @property
-    def now_ns(self) -> Callable[[], int]: ...
-    @property
-    def upstream(self) -> Callable[[str], Upstream]: ...
-    def any_up_besides(self, tried: frozenset[str]) -> bool: ...
-    def wait_hint_s(self, outcome: Outcome) -> float: ...
-    def standing_lines(self, account: Account) -> bytes: ...
-    def finished(self, relay: "Relay", finished: Finished) -> None: ...
+_NONE: frozenset[str] = frozenset()
 
 
 class Relay:
     """See the theory of operation above. It is the sink of its upstream call."""
 
     __slots__ = (
-        "_attempts",
         "_avoid",
         "_call",
         "_document",
-        "_error",
-        "_first_ns",
-        "_granted_ns",
         "_open_ended",
         "_pace",
         "_shared",
-        "_status",
         "_streams",
         "_token_ns",
         "_upstream",
-        "_upstream_name",
         "_usage",
         "account",
         "arrived_ns",
+        "asked",
+        "attempts",
+        "body",
         "deadline_ns",
         "ended",
-        "job",
+        "error",
+        "first_ns",
+        "granted_ns",
+        "request_id",
+        "reservation",
         "response",
+        "standings",
+        "status",
         "ticket",
+        "upstream_name",
     )
 
     def __init__(
         self,
         shared: Shared,
-        job: Job,
+        asked: Asked,
         account: Account,
+        body: bytes,
+        request_id: bytes,
         response: Response,
         arrived_ns: int,
         deadline_ns: int,
     ) -> None:
-        self.job = job
+        self.asked = asked
         self.account = account
+        self.body = body
+        """As it goes upstream, the same at every attempt."""
+        self.request_id = request_id
         self.response = response
         self.arrived_ns = arrived_ns
         self.deadline_ns = deadline_ns
         self.ticket: Ticket | None = None
+        self.reservation: Reservation | None = None
+        """What it has taken from its client's quota."""
+        self.standings: list[Standing] | None = None
+        """How the client stood when this was asked for, where quotas are shared."""
         self.ended = False
         self._shared = shared
         self._upstream: Upstream | None = None
+        self.upstream_name = ""
+        """The last that it was sent to."""
         self._call: UpstreamCall | None = None
-        self._document = b""
-        """The body of a reply that came in one piece."""
-        self._usage: UsageReader | None = None
-        self._avoid: frozenset[str] = frozenset()
-        self._attempts = 0
-        self._granted_ns = 0
-        self._pace: Pace | None = None
-        self._token_ns = 0
-        self._first_ns = 0
-        self._status = 0
+        self._avoid = _NONE
+        self.attempts = self.status = self._token_ns = 0
+        self.granted_ns = 0
+        """When it got its first permit; 0 where it got none."""
+        self.first_ns = 0
+        """When the first byte of the body came; 0 where none did."""
         self._streams = False
         self._open_ended = False
         """A stream without a length: there is room for one more event."""
-        self._upstream_name = ""
-        self._error = ""
+        self._document = b""
+        """The body of a reply that came in one piece."""
+        self._usage: UsageReader | None = None
+        self._pace: Pace | None = None
+        self.error = ""
 
     def __repr__(self) -> str:
         state = self.ticket.state.value if self.ticket else "new"
-        return f"<Relay {self.job.method} {self.job.target.decode('latin-1')} {state} at {self._upstream_name or '-'}>"
+        asked = self.asked
+        return f"<Relay {asked.method} {asked.target.decode('latin-1')} {state} at {self.upstream_name or '-'}>"
 
     @property
     def running(self) -> bool:
         """It holds a permit."""
         return self.ticket is not None and self.ticket.state is _GRANTED
+
+    def paid_for(self, outcome: Outcome) -> bool:
+        """It got an answer, be it in part, or its client called it off while it was worked on. A 5xx is no answer."""
+        if outcome is Outcome.CLIENT_GONE:
+            return self.granted_ns != 0
+        return outcome in _ANSWERED or (self.first_ns != 0 and self.status < 400)
 
     # -- towards a permit
 
@@ -184,49 +137,69 @@ class Relay:
         """Ask for a place and go on as far as that leads."""
         self.response.on_disconnect = self.client_gone
         ticket = self.ticket = self._shared.permits.take(want, self._changed)
-        if ticket.state is not _QUEUED:
+        if ticket.state is _GRANTED:
+            self._send(ticket)
+        elif ticket.state is not _QUEUED:
             self._changed(ticket)
 
     def _changed(self, ticket: Ticket) -> None:
         if ticket.state is _GRANTED:
             self._send(ticket)
         elif ticket.refusal is not None:
-            self.refuse(DENIED[ticket.refusal], self._error)
+            self.refuse(DENIED[ticket.refusal], self.error)
 
     def _send(self, ticket: Ticket) -> None:
-        name = ticket.upstream
-        assert name is not None, "a granted ticket names its upstream"
-        self._upstream_name = name
-        if not self._granted_ns:
-            self._granted_ns = ticket.granted_ns or self._shared.now_ns()
-        self._attempts += 1
+        place = ticket.place
+        assert place is not None, "a granted ticket has its place"
+        name = self.upstream_name = place.name
+        if not self.granted_ns:
+            self.granted_ns = ticket.granted_ns or self._shared.now_ns()
+        self.attempts += 1
         upstream = self._upstream = self._shared.upstream(name)
         self._pace = upstream.pace
-        self._call = upstream.send(self.job, self)
+        self._call = upstream.send(self)
 
     # -- what the upstream tells (wire.upstream.Sink)
 
     def on_read(self, head: Head | None, data: bytes, ended: bool) -> None:
         """A read's worth of the reply."""
-        if head is not None:
-            self._status = head.status
-            if head.status in _ELSEWHERE and self._moves_on(head.status):
-                return
-            self._streams = _is_stream(head)
-            self._open_ended = self._streams and head.length is None
+        if head is None:
+            self._go_on(data, ended)
+            return
+        status = self.status = head.status
+        if status in _ELSEWHERE and self._moves_on(status):
+            return
+        lines = head.notes
+        if not isinstance(lines, ReplyLines):
+            lines = head.notes = reply_lines(head.headers)
+        self._streams = lines.streams
+        if not ended:
+            self._open_ended = lines.streams and head.length is None
+            self.response.start(status, self._lines(lines), head.length)
+            self._go_on(data, ended)
+            return
+        if data:
+            self._note(data, True)
+        # First: what this client asks next finds the place free, and the reply tells of the quota as it is then.
+        self._complete()
+        if self.asked.method == "HEAD":
+            self.response.start(status, self._lines(lines), head.length)
+            self.response.end()
+        else:
+            self.response.reply(status, self._lines(lines), data)
+
+    def _go_on(self, data: bytes, ended: bool) -> None:
+        """Of a reply that has begun."""
+        response = self.response
         if data:
             self._note(data, ended)
         if ended:
-            # First: what this client asks next finds the place free, and the reply tells of the quota as it is then.
             self._complete()
-        response = self.response
-        if head is not None and ended and self.job.method != "HEAD":
-            response.reply(head.status, self._lines(head), data)
-            return
-        if head is not None:
-            response.start(head.status, self._lines(head), head.length)
-        self._pass_on(data, ended)
-        if response.congested and self._call is not None:
+        if data:
+            response.write(data)
+        if ended:
+            response.end()
+        elif response.congested and self._call is not None:
             response.on_drained = self._resume
             self._call.pause()
 
@@ -236,15 +209,9 @@ class Relay:
         if self._call is not None:
             self._call.resume()
 
-    def _pass_on(self, data: bytes, ended: bool) -> None:
-        if data:
-            self.response.write(data)
-        if ended:
-            self.response.end()
-
     def _note(self, data: bytes, ended: bool) -> None:
-        if not self._first_ns:
-            self._first_ns = self._shared.now_ns()
+        if not self.first_ns:
+            self.first_ns = self._shared.now_ns()
         if self._usage is None:
             if ended and not self._streams:
                 self._document = data
@@ -261,22 +228,21 @@ class Relay:
             pace.add(now_ns - self._token_ns, events)
         self._token_ns = now_ns
 
-    def _lines(self, head: Head) -> bytes:
-        rates = self._shared.standing_lines(self.account)
-        lines = reply_lines(head.headers, self.job.request_id, streams=self._streams, rates=rates)
-        return lines if head.status not in _BUSY else lines + self._busy_lines(head)
+    def _lines(self, lines: ReplyLines) -> bytes:
+        told = lines.of(self.request_id, self._shared.standing_lines(self))
+        return told if self.status not in _BUSY else told + self._busy_lines(lines)
 
-    def _busy_lines(self, head: Head) -> bytes:
+    def _busy_lines(self, lines: ReplyLines) -> bytes:
         """Who says no, and when to come back, where the upstream does not tell."""
-        lines = b"x-loadstone-reason: upstream_busy\r\n"
-        if any(name == b"retry-after" for name, _ in head.headers):
-            return lines
+        reason = b"x-loadstone-reason: upstream_busy\r\n"
+        if lines.says_when:
+            return reason
         hint_s = self._shared.wait_hint_s(Outcome.UPSTREAM_ERROR)
-        return b"%bretry-after: %b\r\n" % (lines, retry_after(hint_s))
+        return b"%bretry-after: %b\r\n" % (reason, retry_after(hint_s))
 
     def _complete(self) -> None:
-        self._tell_upstream(self._status)
-        self._end(outcome_of(self._status))
+        self._tell_upstream(self.status)
+        self._end(outcome_of(self.status))
 
     def _tell_upstream(self, status: int) -> None:
         assert self._upstream is not None, "only an upstream that was sent to replies"
@@ -289,23 +255,23 @@ class Relay:
 
     def _moves_on(self, status: int) -> bool:
         """A gateway's error, or a full server: the reply is dropped where another upstream may do better."""
-        if self._attempts >= MOST_ATTEMPTS or not self._another():
+        if self.attempts >= MOST_ATTEMPTS or not self._another():
             return False
         self._tell_upstream(status)
         if self._call is not None:
             self._call.cancel()
-        self._error = f"{self._upstream_name} answered {status}"
+        self.error = f"{self.upstream_name} answered {status}"
         self._move()
         return True
 
     def _another(self) -> bool:
-        tried = self._avoid | {self._upstream_name}
+        tried = self._avoid | {self.upstream_name}
         return self._shared.any_up_besides(tried)
 
     def on_failed(self, failure: Failure) -> None:
         """The upstream could not be reached, or its reply ended before its end."""
         self._call = None
-        self._error = failure.reason
+        self.error = failure.reason
         upstream = self._upstream
         assert upstream is not None, "only an upstream that was sent to fails"
         # Before the upstream is marked down, so that this request is not among those that it refuses.
@@ -315,7 +281,7 @@ class Relay:
             upstream.broken(failure.reason)
         if self.response.started:
             self._break_off(Outcome.UPSTREAM_ERROR, failure.reason)
-        elif failure.stage is not Stage.REPLY and self._attempts < MOST_ATTEMPTS and self._another():
+        elif failure.stage is not Stage.REPLY and self.attempts < MOST_ATTEMPTS and self._another():
             self._move()
         else:
             unreachable = failure.stage is Stage.CONNECT
@@ -324,8 +290,8 @@ class Relay:
     def _move(self) -> None:
         assert self.ticket is not None, "only a granted request can move"
         self._call = None
-        self._status = 0
-        self._avoid |= {self._upstream_name}
+        self.status = 0
+        self._avoid |= {self.upstream_name}
         self._shared.permits.move(self.ticket, self._avoid, self._changed)
         if self.ticket.state is not _QUEUED:
             self._changed(self.ticket)
@@ -339,6 +305,8 @@ class Relay:
 
     def expire(self) -> None:
         """Its time is up while it runs."""
+        if self._upstream is not None and self._call is not None and not self.response.started:
+            self._upstream.silent()
         self._cut()
         if self.response.started:
             self._break_off(Outcome.REQUEST_TIMEOUT, "its time is up")
@@ -354,13 +322,13 @@ class Relay:
         """Answer with an error of the gate's own; nothing of a reply has gone out."""
         hint_s = self._shared.wait_hint_s(outcome) if wait_s is None else wait_s
         refusal = refusal_reply(outcome, hint_s, detail, param)
-        self._status = refusal.status
-        self._error = self._error or detail
+        self.status = refusal.status
+        self.error = self.error or detail
         self._end(outcome)
         if refusal.status in _CLOSING:
             self.response.close_after = True
-        ours = header_lines([*refusal.headers, (b"x-request-id", self.job.request_id)])
-        self.response.reply(refusal.status, ours + self._shared.standing_lines(self.account), refusal.body)
+        ours = header_lines([*refusal.headers, (b"x-request-id", self.request_id)])
+        self.response.reply(refusal.status, ours + self._shared.standing_lines(self), refusal.body)
 
     def _break_off(self, outcome: Outcome, reason: str) -> None:
         """The reply has begun: an event says why it ends; the connection closes, so that no one takes it for whole."""
@@ -376,36 +344,16 @@ class Relay:
         self.ended = True
         self.response.on_disconnect = None
         self.response.on_drained = None
-        tokens, output_tokens = self._tokens()
+        if self._document:
+            tokens, output_tokens = tokens_of(self._document)
+        else:
+            tokens, output_tokens = self._usage.tokens() if self._usage is not None else (None, 0)
         ticket, shared = self.ticket, self._shared
         if ticket is not None:
             if ticket.state is _GRANTED:
                 shared.permits.release(ticket, tokens)
             elif ticket.state is _QUEUED:
                 shared.permits.cancel(ticket)
-        finished = Finished(
-            outcome,
-            self._status,
-            self._upstream_name,
-            self._granted_ns,
-            self._first_ns,
-            shared.now_ns(),
-            tokens,
-            output_tokens,
-            self._attempts,
-            self._error,
-        )
+        finished = Finished(outcome, shared.now_ns(), tokens, output_tokens)
         self._call = None
         shared.finished(self, finished)
-
-    def _tokens(self) -> tuple[int | None, int]:
-        if self._document:
-            return tokens_of(self._document)
-        return self._usage.tokens() if self._usage is not None else (None, 0)
-
-
-def _is_stream(head: Head) -> bool:
-    for name, value in head.headers:
-        if name == b"content-type":
-            return value.startswith(b"text/event-stream")
-    return False

@@ -20,6 +20,8 @@ _DEFAULT_KEYS = {"/responses": "max_output_tokens", "/completion": "n_predict"}
 _JSON_ONLY = (*_GENERATES, "/embeddings", "/rerank", "/score", "/embed_text")
 _OUTPUT_KEYS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
 
+_ABSENT = msgspec.Raw()
+
 _Tokens = Annotated[int, msgspec.Meta(ge=0)]
 _Choices = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 
@@ -34,8 +36,8 @@ class _Ask(msgspec.Struct):
     min_tokens: _Tokens | None = None
     n: _Choices | None = None
     best_of: _Choices | None = None
-    messages: msgspec.Raw = msgspec.Raw()
-    prompt: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = _ABSENT
+    prompt: msgspec.Raw = _ABSENT
 
 
 class Shaped(msgspec.Struct, frozen=True, gc=False):
@@ -44,26 +46,55 @@ class Shaped(msgspec.Struct, frozen=True, gc=False):
     body: bytes
     tokens: int
     """Prompt, estimated, and the most output that it may generate."""
-    affinity: int | None = None
-    """Hash of the start of the prompt: requests that share it may share an upstream's prefix cache."""
+    prompt: msgspec.Raw = _ABSENT
+    """As JSON, where it has one."""
+
+    @property
+    def affinity(self) -> int | None:
+        """Hash of the start of the prompt: requests that share it may share an upstream's prefix cache."""
+        prefix = bytes(self.prompt)[:_AFFINITY_BYTES]
+        return zlib.crc32(prefix) if prefix else None
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """What a path and a content type say about the body behind them."""
+
+    is_json: bool
+    generates: bool
+    output_key: str
+    """Where the most output is told if the request names none."""
+    content_type: bytes | None
+    """One that is wrong for JSON."""
 
 
 _decode = msgspec.json.Decoder(_Ask).decode
 
 
+def kind_of(path: str, content_type: bytes | None) -> Kind:
+    """The same for all requests under one head."""
+    output_key = _DEFAULT_KEYS.get(path[path.rfind("/") :], "max_tokens")
+    wrong = content_type is not None and b"json" not in content_type.lower()
+    return Kind(path.endswith(_JSON_ONLY), path.endswith(_GENERATES), output_key, content_type if wrong else None)
+
+
 def shape(path: str, content_type: bytes | None, body: bytes, limits: Limits) -> Shaped:
     """Read and bound one request. Raises BadAskError for JSON that is none, or asks for impossible amounts."""
-    if not path.endswith(_JSON_ONLY):
+    return shape_kind(kind_of(path, content_type), body, limits)
+
+
+def shape_kind(kind: Kind, body: bytes, limits: Limits) -> Shaped:
+    """As ``shape``."""
+    if not kind.is_json:
         return Shaped(body, _prompt_tokens(body))
-    if content_type is not None and b"json" not in content_type.lower():
-        kind = content_type.decode("latin-1")
-        raise BadAskError(f"Content-Type is {kind!r}; send the JSON as application/json")
+    if kind.content_type is not None:
+        said = kind.content_type.decode("latin-1")
+        raise BadAskError(f"Content-Type is {said!r}; send the JSON as application/json")
     try:
         ask = _decode(body)
-        if not path.endswith(_GENERATES):
+        if not kind.generates:
             return Shaped(body, _prompt_tokens(body))
         # What the parser skipped above may turn out to be no JSON when all of it is read.
-        return _generation(path, ask, body, limits)
+        return _generation(kind, ask, body, limits)
     except msgspec.ValidationError as error:
         raise _wrong_value(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -79,37 +110,42 @@ def _wrong_value(message: str) -> BadAskError:
     return BadAskError(f"{key}: {what.replace('`', '')}", key)
 
 
-def _generation(path: str, ask: _Ask, body: bytes, limits: Limits) -> Shaped:
+def _generation(kind: Kind, ask: _Ask, body: bytes, limits: Limits) -> Shaped:
     asked = (ask.max_tokens, ask.max_completion_tokens, ask.max_output_tokens, ask.n_predict)
-    highest = -1
-    for value in asked:
-        if value is not None and value > highest:
-            highest = value
+    highest = max([-1 if value is None else value for value in asked])
     most = limits.max_output_tokens
-    changes: dict[str, int] = {}
+    changes: dict[str, int] | None = None
     if highest < 0:
         default = limits.default_output_tokens or most
         if default is not None:
             highest = default if most is None else min(default, most)
-            changes[_DEFAULT_KEYS.get(path[path.rfind("/") :], "max_tokens")] = highest
+            changes = {kind.output_key: highest}
     elif most is not None and highest > most:
         highest = most
         changes = {
             key: most for key, value in zip(_OUTPUT_KEYS, asked, strict=True) if value is not None and value > most
         }
+    tokens = -(-len(body) // _BYTES_PER_TOKEN)
+    if ask.prompt is not _ABSENT or ask.n is not None or ask.best_of is not None:
+        tokens += max(highest, 0) * _replies(ask)
+    elif highest > 0:
+        tokens += highest
     if changes:
         if ask.min_tokens is not None and ask.min_tokens > highest:
             changes["min_tokens"] = highest
-        body_sent = msgspec.json.encode(msgspec.json.decode(body) | changes)
-    else:
-        body_sent = body
-    replies = (ask.n or 1) if ask.best_of is None else max(ask.n or 1, ask.best_of)
+        body = msgspec.json.encode(msgspec.json.decode(body) | changes)
+    return Shaped(body, tokens, ask.prompt if ask.messages is _ABSENT else ask.messages)
+
+
+def _replies(ask: _Ask) -> int:
+    """How many outputs are generated."""
+    replies = ask.n or 1
+    if ask.best_of is not None and ask.best_of > replies:
+        replies = ask.best_of
+    if ask.prompt is _ABSENT:
+        return replies
     prompt = bytes(ask.prompt)
-    if prompt.startswith(b"["):
-        replies *= _prompts(prompt)
-    prefix = (bytes(ask.messages) or prompt)[:_AFFINITY_BYTES]
-    tokens = _prompt_tokens(body) + max(highest, 0) * replies
-    return Shaped(body_sent, tokens, zlib.crc32(prefix) if prefix else None)
+    return replies * _prompts(prompt) if prompt.startswith(b"[") else replies
 
 
 def _prompts(prompt: bytes) -> int:

@@ -21,17 +21,18 @@ class Tally:
         self.failed = 0
         self.output_tokens = 0
 
-    def add(self, outcome: Outcome, admitted: bool, output_tokens: int) -> None:
-        self.requests += 1
+    def add(self, outcome: Outcome, admitted: bool, output_tokens: int, requests: int = 1) -> None:
+        """So many requests that ended alike, and all their tokens."""
+        self.requests += requests
         if admitted:
-            self.admitted += 1
+            self.admitted += requests
             self.output_tokens += output_tokens
         if outcome is Outcome.OK:
-            self.ok += 1
+            self.ok += requests
         elif outcome in REFUSED:
-            self.refused += 1
+            self.refused += requests
         elif outcome in FAILED:
-            self.failed += 1
+            self.failed += requests
 
     def copy(self) -> "Tally":
         return self - Tally()

@@ -14,7 +14,7 @@ from loadstone.hold.engine_watch import EngineWatch
 from loadstone.hold.headers import upstream_head
 from loadstone.hold.health import Health
 from loadstone.hold.permits import Permits
-from loadstone.hold.relay import Job, Relay
+from loadstone.hold.relay import Relay
 from loadstone.hold.signals import Pace
 from loadstone.wire.origin import parse_origin
 from loadstone.wire.upstream import UpstreamCall, UpstreamPool
@@ -88,9 +88,10 @@ class UpstreamServer:
     def __repr__(self) -> str:
         return f"<UpstreamServer {self.plan.url} {self.health.condition.value}>"
 
-    def send(self, job: Job, sink: Relay) -> UpstreamCall:
+    def send(self, relay: Relay) -> UpstreamCall:
         """Send a request that was granted a place here."""
-        asked, here = job.asked, (self.plan.url, job.proxied)
+        asked, account = relay.asked, relay.account
+        here = (self.plan.url, account.proxied)
         head = asked.written.get(here)
         if head is None:
             head = asked.written[here] = upstream_head(
@@ -98,12 +99,12 @@ class UpstreamServer:
                 self._root + asked.target,
                 asked.headers,
                 netloc=self._netloc,
-                proxied=job.proxied,
+                proxied=account.proxied,
                 authorization=self._dialing.authorization,
                 drop_authorization=self._dialing.drop_authorization,
             )
-        data = head.with_body(job.body, job.forwarded_for, job.request_id)
-        return self.pool.send(data, sink, head_only=asked.method == "HEAD")
+        data = head.with_body(relay.body, account.forwarded_for, relay.request_id)
+        return self.pool.send(data, relay, head_only=asked.method == "HEAD")
 
     def good(self) -> None:
         """A reply came back whole."""

@@ -59,7 +59,10 @@ class UsageReader:
 
 def tokens_of(document: bytes) -> tuple[int | None, int]:
     """As ``UsageReader.tokens``, of a whole JSON document."""
-    return _figures(_read(document) if b'"usage"' in document else None, 0)
+    usage = _read(document) if b'"usage"' in document else None
+    if usage is None:
+        return None, 0
+    return usage.total_tokens or usage.prompt_tokens + usage.completion_tokens, usage.completion_tokens
 
 
 def _figures(usage: _Usage | None, output_tokens: int) -> tuple[int | None, int]:

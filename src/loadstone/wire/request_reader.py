@@ -3,8 +3,11 @@
 Theory of operation. ``feed`` takes bytes however they are split. Complete requests gather in ``ready``; the first thing
 that is wrong becomes ``error``, after which nothing is read any more, nor after a request that closes the connection.
 httptools refuses most malformed messages by itself (both kinds of length, bare LF, folded lines, control bytes); what
-it lets through and we don't is in ``_check_head``. What a client may make us keep is bounded: the head, the number of
+it lets through and we don't is in ``request_head``. What a client may make us keep is bounded: the head, the number of
 headers, the body, and by ``_MOST_FRAMING_BYTES`` all the rest (an unfinished header, chunk extensions, trailers).
+
+``recognise`` is the short way for a request that comes whole, under a head that was read before (``head_memo``), while
+the parser stands between two messages, where it keeps nothing that the next one could depend on.
 
 An ``Upgrade`` is not taken up: the request is served as any other, and what follows it is HTTP. httptools takes all
 behind the head for another protocol, even a body that the head announces (Java's client sends such requests); a new
@@ -12,10 +15,13 @@ parser, fed a plain head of the same length (``_resuming``), goes on with the bo
 """
 
 import enum
-from dataclasses import dataclass
 from http import HTTPStatus
 
 import httptools
+import msgspec
+
+from loadstone.wire.head_memo import HeadMemo
+from loadstone.wire.request_head import RejectedError, RequestHead, checked_head
 
 PIECE_BYTES = 64 * 1024
 """To be fed at once at most."""
@@ -25,41 +31,44 @@ _MOST_FRAMING_BYTES = 128 * 1024
 _FRAMING_PER_BODY_BYTE = 8
 """A chunk of one byte comes in six."""
 
-_METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
 _VERSION_ERRORS = frozenset({"Invalid HTTP version", "Pause on PRI/Upgrade"})
-_JUDGED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
 
 
-@dataclass(slots=True)
-class IncomingRequest:
+class IncomingRequest(msgspec.Struct):
     """One complete request."""
 
-    method: str
-    target: bytes
-    """As received: it may be absolute (``http://host/path``)."""
-    path: str
-    """Without the query; always that of the target, whatever form it had."""
-    query: bytes
-    headers: list[tuple[bytes, bytes]]
-    """In the order received, names in lower case, without trailers."""
+    head: RequestHead
     body: bytes
     peer: str
     """The client's address, empty where it is unknown."""
-    version: str
-    """1.1 or 1.0."""
+
+    @property
+    def method(self) -> str:
+        return self.head.method
+
+    @property
+    def target(self) -> bytes:
+        return self.head.target
+
+    @property
+    def path(self) -> str:
+        return self.head.path
+
+    @property
+    def query(self) -> bytes:
+        return self.head.query
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return self.head.headers
+
+    @property
+    def version(self) -> str:
+        return self.head.version
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header, by its lower-case name."""
-        return next((value for key, value in self.headers if key == name), None)
-
-
-class RejectedError(Exception):
-    """A request that is answered with ``status``, and its connection closed."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
+        return next((value for key, value in self.head.headers if key == name), None)
 
 
 class Phase(enum.Enum):
@@ -68,6 +77,10 @@ class Phase(enum.Enum):
     IDLE = "idle"
     HEAD = "head"
     BODY = "body"
+
+
+# An enumeration's members are slow to read in Python 3.11, and this one is read for every request.
+IDLE = Phase.IDLE
 
 
 class RequestReader:
@@ -80,14 +93,13 @@ class RequestReader:
         "_head",
         "_headers",
         "_keep_alive",
-        "_length_bytes",
-        "_method",
+        "_known",
+        "_memo",
         "_most_body_bytes",
         "_new",
         "_parser",
         "_resuming",
         "_target",
-        "_version",
         "body_bytes",
         "error",
         "peer",
@@ -96,9 +108,12 @@ class RequestReader:
         "wants_continue",
     )
 
-    def __init__(self, most_body_bytes: int) -> None:
+    def __init__(self, most_body_bytes: int, memo: HeadMemo[RequestHead] | None = None) -> None:
+        """``memo``: shared by readers of the same ``most_body_bytes``."""
         self.peer = ""
         self._most_body_bytes = most_body_bytes
+        self._memo = memo or HeadMemo()
+        self._known = self._memo.known
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._closed = False
         self._new = False
@@ -107,12 +122,10 @@ class RequestReader:
         """Of the message, after those that it began in."""
         self._headers: list[tuple[bytes, bytes]] = []
         """As they come: of the head, then of the trailer."""
-        self._head: list[tuple[bytes, bytes]] = []
+        self._head: RequestHead | None = None
+        """Of the message whose body is being received."""
         self._target = b""
         self._body: bytes | bytearray = b""
-        self._method = self._version = ""
-        self._length_bytes: int | None = 0
-        """Of the body, as announced; None: chunked."""
         self._resuming = False
         """The parser has stopped at an upgrade before the body."""
         self._keep_alive = False
@@ -125,6 +138,16 @@ class RequestReader:
         self.phase = Phase.IDLE
         self.wants_continue = False
         """The client waits for ``100 Continue`` before it sends the body."""
+
+    def recognise(self, data: bytes) -> IncomingRequest | None:
+        """The request that ``data`` is, where it is exactly one, under a known head; else it wants to be fed."""
+        if self.phase is not IDLE or self._closed:
+            return None
+        end = data.find(b"\r\n\r\n") + 4
+        head = self._known.get(data[:end])
+        if head is None or len(data) - end != head.length:
+            return None
+        return IncomingRequest(head, data[end:], self.peer)
 
     def feed(self, data: bytes | bytearray) -> None:
         """Take the next bytes of the connection, at most ``PIECE_BYTES``. Never raises for what is in them."""
@@ -140,6 +163,7 @@ class RequestReader:
     def _feed(self, data: bytes | bytearray | memoryview) -> bytes | memoryview:
         """Returns what is left after an upgrade, at which the parser stops."""
         assert self._parser is not None
+        between, ready = self.phase is IDLE, len(self.ready)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -147,12 +171,21 @@ class RequestReader:
                 self._parser = httptools.HttpRequestParser(self)
                 self._parser.feed_data(self._head_to_resume())
             return memoryview(data)[upgrade.args[0] :]
-        if self.phase is not Phase.IDLE:
+        if self.phase is not IDLE:
             self._bound_framing(len(data))
+        elif between and len(self.ready) == ready + 1 and isinstance(data, bytes):
+            self._remember(data, *self.ready[-1])
         return b""
 
+    def _remember(self, data: bytes, request: IncomingRequest, keep_alive: bool) -> None:
+        """``data`` is one request from its first byte to its last."""
+        head = request.head
+        if keep_alive and head.length is not None and not head.expects_continue:
+            self._memo.keep(data, head.length, head)
+
     def _head_to_resume(self) -> bytes:
-        size = self._length_bytes
+        assert self._head is not None
+        size = self._head.length
         length = b"transfer-encoding: chunked" if size is None else b"content-length: %d" % size
         connection = b"keep-alive" if self._keep_alive else b"close"
         return b"POST / HTTP/1.1\r\nconnection: %b\r\n%b\r\n\r\n" % (connection, length)
@@ -216,24 +249,22 @@ class RequestReader:
         parser = self._parser
         assert parser is not None
         self.phase = Phase.BODY
-        self._head, self._headers = self._headers, []
-        self._bound_head()
-        self._version = parser.get_http_version()
-        self._method = _check_line(parser.get_method(), self._target, self._version)
-        self._length_bytes, expects = _check_head(self._head, self._version)
-        if self._length_bytes is not None and self._length_bytes > self._most_body_bytes:
+        headers, self._headers = self._headers, []
+        self._bound_head(headers)
+        head = self._head = checked_head(parser.get_method(), self._target, headers, parser.get_http_version())
+        if head.length is not None and head.length > self._most_body_bytes:
             self._body_too_large()
-        has_body = self._length_bytes != 0
-        self.wants_continue = expects and has_body
+        has_body = head.length != 0
+        self.wants_continue = head.expects_continue and has_body
         self._keep_alive = parser.should_keep_alive()
         self._resuming = has_body and parser.should_upgrade()
 
-    def _bound_head(self) -> None:
-        if len(self._head) > _MOST_HEADERS:
+    def _bound_head(self, headers: list[tuple[bytes, bytes]]) -> None:
+        if len(headers) > _MOST_HEADERS:
             raise RejectedError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {_MOST_HEADERS} headers")
         if self._new:  # all of it within one piece
             return
-        size = len(self._target) + sum([len(name) + len(value) for name, value in self._head])
+        size = len(self._target) + sum([len(name) + len(value) for name, value in headers])
         if size > _MOST_HEAD_BYTES:
             reason = f"the head is larger than {_MOST_HEAD_BYTES} bytes"
             raise RejectedError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, reason)
@@ -253,12 +284,9 @@ class RequestReader:
     def on_message_complete(self) -> None:
         if self._resuming:
             return
-        path, query = _path_of(self._target)
-        request = IncomingRequest(
-            self._method, self._target, path, query, self._head, bytes(self._body), self.peer, self._version
-        )
-        self.ready.append((request, self._keep_alive))
-        self._headers, self._head, self._body = [], [], b""
+        assert self._head is not None
+        self.ready.append((IncomingRequest(self._head, bytes(self._body), self.peer), self._keep_alive))
+        self._headers, self._head, self._body = [], None, b""
         self.body_bytes = 0
         self.phase = Phase.IDLE
         self.wants_continue = False
@@ -277,66 +305,3 @@ def joined(have: bytes | bytearray, data: bytes) -> bytes | bytearray:
         have = bytearray(have)
     have += data
     return have
-
-
-def _check_line(verb: bytes, target: bytes, version: str) -> str:
-    """The method. Raises RejectedError for a request line that we don't serve."""
-    if version not in ("1.1", "1.0"):
-        raise RejectedError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f"HTTP/{version} is not served")
-    method = _METHODS.get(verb)
-    if method is None:
-        raise RejectedError(HTTPStatus.NOT_IMPLEMENTED, f"the method {verb.decode()} is not served")
-    origin_form = target.startswith(b"/") or (target == b"*" and method == "OPTIONS")
-    if b"#" in target or not (origin_form or target.lower().startswith((b"http://", b"https://"))):
-        raise RejectedError(HTTPStatus.BAD_REQUEST, "the request target is not a path")
-    return method
-
-
-def _check_head(headers: list[tuple[bytes, bytes]], version: str) -> tuple[int | None, bool]:
-    """The length of the body (None: chunked) and whether 100 Continue is expected. Raises RejectedError."""
-    length: int | None = 0
-    hosts = 0
-    codings: list[bytes] = []
-    expects = False
-    for name, value in headers:
-        if name not in _JUDGED:
-            continue
-        if name == b"host":
-            hosts += 1
-        elif name == b"content-length":
-            length = int(value)
-        elif name == b"transfer-encoding":
-            codings.append(value.lower())
-        elif version == "1.1":
-            expects = _expects_continue(value)
-    if hosts > 1 or (hosts == 0 and version == "1.1"):
-        raise RejectedError(HTTPStatus.BAD_REQUEST, f"{hosts} Host headers")
-    if codings:
-        _check_codings(codings, version)
-        length = None
-    return length, expects
-
-
-def _check_codings(codings: list[bytes], version: str) -> None:
-    if version != "1.1" or len(codings) > 1:
-        raise RejectedError(HTTPStatus.BAD_REQUEST, "Transfer-Encoding is repeated, or of HTTP/1.0")
-    if codings != [b"chunked"]:
-        raise RejectedError(HTTPStatus.NOT_IMPLEMENTED, "the only Transfer-Encoding served is chunked")
-
-
-def _expects_continue(value: bytes) -> bool:
-    if value.lower() != b"100-continue":
-        raise RejectedError(HTTPStatus.EXPECTATION_FAILED, "the only expectation served is 100-continue")
-    return True
-
-
-def _path_of(target: bytes) -> tuple[str, bytes]:
-    """Path and query of any form of target; an absolute one without a path means ``/``."""
-    if not target.startswith((b"/", b"*")):
-        _scheme, _, rest = target.partition(b"://")
-        start = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
-        target = rest[start:]
-        if not target.startswith(b"/"):
-            target = b"/" + target
-    path, _, query = target.partition(b"?")
-    return path.decode("latin-1"), query

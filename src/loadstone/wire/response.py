@@ -14,7 +14,7 @@ _BODYLESS = frozenset({204, 304})
 class Channel(Protocol):
     """The connection, as a response uses it. Everything sent after the client has left is dropped."""
 
-    name: bytes
+    name_line: bytes
     congested: bool
 
     @property
@@ -46,7 +46,7 @@ class Response:
         "started",
     )
 
-    def __init__(self, channel: Channel, *, method: str, version: str, keep_alive: bool) -> None:
+    def __init__(self, channel: Channel, method: str, version: str, keep_alive: bool) -> None:
         self._channel = channel
         self._headless = method == "HEAD"
         self._version = version
@@ -71,10 +71,12 @@ class Response:
     def reply(self, status: int, headers: Headers, body: bytes) -> None:
         """The whole response at once."""
         self._claim(status)
-        framing = [] if status in _BODYLESS else [(b"content-length", b"%d" % len(body))]
-        head = self._head(status, headers, framing)
-        self._channel.send(head if self._headless else head + body)
-        self._finish()
+        framing = b"" if status in _BODYLESS else b"content-length: %d\r\n" % len(body)
+        self._ended = True
+        self.on_disconnect = self.on_drained = None
+        channel = self._channel
+        channel.send(self._head(status, headers, framing, b"" if self._headless else body))
+        channel.answered(self._keep_alive)
 
     def start(self, status: int, headers: Headers, length: int | None = None) -> None:
         """The head; it goes out with the first piece of the body, or as soon as the loop turns.
@@ -83,18 +85,18 @@ class Response:
         and the answer to HEAD have none, whatever is written.
         """
         self._claim(status)
-        framing: list[tuple[bytes, bytes]] = []
+        framing = b""
         if status in _BODYLESS:
             pass
         elif length is not None:
             self._left = length
-            framing = [(b"content-length", b"%d" % length)]
+            framing = b"content-length: %d\r\n" % length
         elif self._version == "1.1":
             self._chunked = True
-            framing = [(b"transfer-encoding", b"chunked")]
+            framing = b"transfer-encoding: chunked\r\n"
         elif not self._headless:
             self._keep_alive = False
-        self._channel.hold(self._head(status, headers, framing))
+        self._channel.hold(self._head(status, headers, framing, b""))
 
     def write(self, data: bytes) -> None:
         """A piece of the body."""
@@ -112,8 +114,10 @@ class Response:
             data = b""
         elif self._chunked:
             data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
+        self._ended = True
+        self.on_disconnect = self.on_drained = None
         self._channel.send(data)
-        self._finish()
+        self._channel.answered(self._keep_alive)
 
     def fail(self) -> None:
         """Break off, so that the client can tell; what was written before still goes out. No effect after the end.
@@ -164,26 +168,16 @@ class Response:
                 self.fail()
                 raise RuntimeError(f"{self!r} got {-self._left} bytes more than it promised")
 
-    def _head(self, status: int, headers: Headers, framing: list[tuple[bytes, bytes]]) -> bytes:
-        lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
-        if isinstance(headers, bytes):
-            lines.append(headers)
-        else:
-            lines += [b"%b: %b\r\n" % header for header in headers]
-        lines += [b"%b: %b\r\n" % header for header in framing]
-        if self._channel.name:
-            lines.append(b"server: %b\r\n" % self._channel.name)
+    def _head(self, status: int, headers: Headers, framing: bytes, body: bytes) -> bytes:
+        """The head, and the body behind it."""
+        lines = headers if isinstance(headers, bytes) else b"".join([b"%b: %b\r\n" % header for header in headers])
+        line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+        last = b""
         if not self._keep_alive:
-            lines.append(b"connection: close\r\n")
+            last = b"connection: close\r\n"
         elif self._version == "1.0":
-            lines.append(b"connection: keep-alive\r\n")
-        lines.append(b"\r\n")
-        return b"".join(lines)
-
-    def _finish(self) -> None:
-        self._ended = True
-        self.on_disconnect = self.on_drained = None
-        self._channel.answered(self._keep_alive)
+            last = b"connection: keep-alive\r\n"
+        return b"".join((line, lines, framing, self._channel.name_line, last, b"\r\n", body))
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "started" if self.started else "waiting"

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from http import HTTPStatus
 
 from loadstone.wire.hangups import HangupWatch
-from loadstone.wire.request_reader import IncomingRequest, Phase, RejectedError
+from loadstone.wire.head_memo import HeadMemo
+from loadstone.wire.request_head import RejectedError, RequestHead
+from loadstone.wire.request_reader import IncomingRequest, Phase
 from loadstone.wire.response import Headers, Response
 from loadstone.wire.server_connection import ServerConnection
 
-__all__ = ["ErrorBody", "Handler", "Headers", "HttpServer", "IncomingRequest", "Response"]
+__all__ = ["ErrorBody", "Handler", "Headers", "HttpServer", "IncomingRequest", "RequestHead", "Response"]
 
 Handler = Callable[[IncomingRequest, Response], None]
 ErrorBody = Callable[[int, str], tuple[Headers, bytes]]
@@ -47,13 +49,14 @@ class HttpServer:
         on_reject: Callable[[int], None] | None = None,
     ) -> None:
         self.handler = handler
-        self.name = name
-        """The ``Server`` header, none where empty."""
+        self.name_line = b"server: %b\r\n" % name if name else b""
         self.max_body_bytes = max_body_bytes
         self.allowed_s = {Phase.IDLE: idle_timeout_s, Phase.HEAD: head_timeout_s, Phase.BODY: body_timeout_s}
+        self.idle_timeout_s = idle_timeout_s
         self.write_stall_s = write_stall_s
         self.draining = False
         self.connections: set[ServerConnection] = set()
+        self.heads: HeadMemo[RequestHead] = HeadMemo()
         self._error_body = error_body or _plain_body
         self._on_reject = on_reject
         self._hangups: HangupWatch | None = None

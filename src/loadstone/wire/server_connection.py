@@ -19,7 +19,8 @@ import termios
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from loadstone.wire.request_reader import PIECE_BYTES, IncomingRequest, Phase, RejectedError, RequestReader, joined
+from loadstone.wire.request_head import RejectedError
+from loadstone.wire.request_reader import IDLE, PIECE_BYTES, IncomingRequest, Phase, RequestReader, joined
 from loadstone.wire.response import Response
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class ServerConnection(asyncio.Protocol):
         "_closing",
         "_eof",
         "_held",
+        "_lone",
         "_loop",
         "_output_bytes",
         "_paused",
@@ -56,22 +58,24 @@ class ServerConnection(asyncio.Protocol):
         "_watched_fd",
         "congested",
         "deadline_s",
-        "name",
+        "name_line",
     )
 
     def __init__(self, server: "HttpServer", loop: asyncio.AbstractEventLoop) -> None:
         self._server = server
         self._loop = loop
-        self.name = server.name
+        self.name_line = server.name_line
         self._transport: asyncio.Transport | None = None
         self._watched_fd = -1
-        self._reader = RequestReader(server.max_body_bytes)
+        self._reader = RequestReader(server.max_body_bytes, server.heads)
         self._backlog: bytes | bytearray = b""
         self._response: Response | None = None
         self._advancing = False
         self._closing = False
         self._eof = False
         self._paused = False
+        self._lone = False
+        """All that has come since the last answer is one request that was recognised: nothing stands behind it."""
         self._held = b""
         """To go out with the next bytes, or as soon as the loop turns."""
         self._probed = 0
@@ -115,12 +119,21 @@ class ServerConnection(asyncio.Protocol):
         if self._backlog or self._response is not None or self.congested or len(data) > PIECE_BYTES:
             self._backlog = joined(self._backlog, data)
         else:  # nothing stands before it, which is nearly always so
+            request = self._reader.recognise(data)
+            if request is not None:
+                self._lone = True
+                self._phase = None
+                self.deadline_s = math.inf
+                self._handle(request, True)
+                return
             self._reader.feed(data)
+        self._lone = False
         self._advance()
 
     def eof_received(self) -> bool:
         """Whether to stay: only where something is still to be answered."""
         self._eof = True
+        self._lone = False
         if self._closing or not self._has_requests():
             return False
         assert self._transport is not None
@@ -131,6 +144,7 @@ class ServerConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.congested = True
+        self._lone = False
         self._taken_s = None
         self._set_deadline()
 
@@ -179,8 +193,8 @@ class ServerConnection(asyncio.Protocol):
         return True
 
     def _handle(self, request: IncomingRequest, keep_alive: bool) -> None:
-        response = Response(self, method=request.method, version=request.version, keep_alive=keep_alive)
-        self._response = response
+        head = request.head
+        response = self._response = Response(self, head.method, head.version, keep_alive)
         try:
             self._server.handler(request, response)
         except Exception as error:
@@ -189,7 +203,7 @@ class ServerConnection(asyncio.Protocol):
             self._loop.call_exception_handler({"message": said, "exception": error, "protocol": self})
 
     def _refuse(self, rejected: RejectedError) -> None:
-        self._response = response = Response(self, method="", version="1.1", keep_alive=False)
+        self._response = response = Response(self, "", "1.1", False)
         headers, body = self._server.refusal(rejected)
         response.reply(rejected.status, headers, body)
 
@@ -253,10 +267,14 @@ class ServerConnection(asyncio.Protocol):
         """The response has ended: on to the next request, or close."""
         self._response = None
         self._phase = None
-        if keep_alive and not self.draining:
+        if not keep_alive or self._server.draining:
+            self._shut()
+        elif not self._lone:
             self._advance()
         else:
-            self._shut()
+            self._phase = IDLE
+            self._since_s = since_s = self._loop.time()
+            self.deadline_s = since_s + self._server.idle_timeout_s
 
     def cut(self, *, reset: bool) -> None:
         """Close after what has been written; with ``reset`` so that the client sees an error."""

@@ -10,6 +10,7 @@ import ssl
 
 from loadstone.core.errors import UnreachableError
 from loadstone.wire.dialer import Dialer
+from loadstone.wire.head_memo import HeadMemo
 from loadstone.wire.origin import Origin
 from loadstone.wire.upstream_connection import Connection, Failure, Sink, Stage, UpstreamCall
 from loadstone.wire.upstream_reply import Head
@@ -34,6 +35,7 @@ class UpstreamPool:
         max_idle: int = 256,
     ) -> None:
         self.netloc = origin.netloc
+        self.heads: HeadMemo[Head] = HeadMemo()
         self._loop = asyncio.get_running_loop()
         self._dialer = Dialer(origin, tls, connect_timeout_s)
         self._idle_timeout_s = idle_timeout_s
@@ -67,8 +69,7 @@ class UpstreamPool:
         self._calls.add(call)
         while self._idle:
             connection, _ = self._idle.popitem()
-            if not connection.closing:
-                connection.send(call)
+            if connection.send(call):
                 return call
         self.open_for(call)
         return call
@@ -107,10 +108,9 @@ class UpstreamPool:
         _, connection = await self._loop.create_connection(lambda: Connection(self, sock, tls), sock=sock)
         if call not in self._calls:
             connection.close()
-        elif connection.closing:
+        elif not connection.send(call):
             self.fail(call, Failure(Stage.CONNECT, f"{self.netloc} closed the connection as soon as it stood"))
         else:
-            connection.send(call)
             call.data = b""
             if call.paused:
                 connection.pause()
@@ -128,7 +128,8 @@ class UpstreamPool:
     def closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
 
-    def keep(self, connection: Connection) -> None:
+    def free(self, connection: Connection, call: UpstreamCall) -> None:
+        self._calls.discard(call)
         if len(self._idle) >= self._max_idle:
             connection.close()
             return

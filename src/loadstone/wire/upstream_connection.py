@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import httptools
+import msgspec
 
 from loadstone.wire.causes import tls_failure
+from loadstone.wire.head_memo import HeadMemo
 from loadstone.wire.tls import TlsLayer
 from loadstone.wire.upstream_reply import MOST_HEAD_BYTES, Head, ReplyReader
 
@@ -69,6 +71,8 @@ class Owner(Protocol):
     """What calls and connections tell: the pool."""
 
     netloc: str
+    heads: HeadMemo[Head]
+    """Of its replies."""
 
     def forget(self, call: "UpstreamCall") -> None:
         """The call has ended."""
@@ -85,31 +89,28 @@ class Owner(Protocol):
     def closed(self, connection: "Connection") -> None:
         """The connection is gone."""
 
-    def keep(self, connection: "Connection") -> None:
-        """The connection is free for another call."""
+    def free(self, connection: "Connection", call: "UpstreamCall") -> None:
+        """The call has ended, and the connection is free for another."""
 
     def drop(self, connection: "Connection") -> None:
         """The connection takes no more calls."""
 
 
-class UpstreamCall:
+class UpstreamCall(msgspec.Struct, eq=False):
     """One request under way: what ``UpstreamPool.send`` returns.
 
     Its methods may be called at any time, from within the sink's and after the end as well. The attributes are the
     pool's and the connection's.
     """
 
-    __slots__ = ("connection", "data", "head_only", "opening", "owner", "paused", "sink")
-
-    def __init__(self, owner: "Owner", data: bytes, sink: Sink, head_only: bool) -> None:
-        self.owner = owner
-        self.data = data
-        """Kept only as long as it may have to be sent again."""
-        self.sink: Sink = sink
-        self.head_only = head_only
-        self.paused = False
-        self.connection: Connection | None = None
-        self.opening: asyncio.Task[None] | None = None
+    owner: Owner
+    data: bytes
+    """Kept only as long as it may have to be sent again."""
+    sink: Sink
+    head_only: bool
+    paused: bool = False
+    connection: "Connection | None" = None
+    opening: asyncio.Task[None] | None = None
 
     def cancel(self) -> None:
         """Close the connection at once, so that the engine stops; the sink hears nothing more."""
@@ -163,7 +164,7 @@ class Connection(asyncio.Protocol):
         self._tls = tls
         self._call: UpstreamCall | None = None
         self._transport: asyncio.Transport
-        self._reply = ReplyReader()
+        self._reply = ReplyReader(owner.heads)
         self._reused = False
         self._sent_s = 0.0
         self._barren_bytes = 0
@@ -187,25 +188,26 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         self._owner.opened(self)
 
-    def send(self, call: UpstreamCall) -> None:
-        """Write ``call``; the connection is open and has none."""
+    def send(self, call: UpstreamCall) -> bool:
+        """Write ``call``; the connection has none. False where it has been closed meanwhile."""
+        if self._transport.is_closing():
+            return False
         self._call = call
         call.connection = self
         self._reply.begin(call.head_only)
         self._barren_bytes = 0
         self._sent_s = time.monotonic()
-        self._write(call.data if self._tls is None else self._tls.encrypt(call.data))
-
-    def _write(self, data: bytes) -> None:
+        data = call.data if self._tls is None else self._tls.encrypt(call.data)
         try:
             sent = self._sock.send(data)
         except ConnectionError:
             self._reply.reusable = False
-            return
+            return True
         except OSError:  # full, or no memory: the transport waits for room, or finds that there is none
             sent = 0
         if sent < len(data):
             self._transport.write(memoryview(data)[sent:])
+        return True
 
     # -- reading
 
@@ -235,6 +237,11 @@ class Connection(asyncio.Protocol):
         if call is None:  # a server that speaks unasked (408, then close) ends the connection
             self.close()
             return
+        whole = reply.recognise(data)
+        if whole is not None:
+            self._finish(call, *whole)
+            return
+        first = not reply.begun
         try:
             reply.feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -246,6 +253,8 @@ class Connection(asyncio.Protocol):
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         parts.clear()
         if reply.complete:
+            if first and head is not None:
+                reply.remember(data, head, body)
             self._finish(call, head, body)
         elif body or head is not None:
             self._barren_bytes = 0
@@ -280,12 +289,13 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, call: UpstreamCall, head: Head | None, body: bytes) -> None:
         """The reply is complete. The connection is free, or closed, before the sink hears of it."""
-        self._owner.forget(call)
-        if self._reply.reusable and not (call.paused or self.closing or self._transport.get_write_buffer_size()):
+        transport = self._transport
+        if self._reply.reusable and not (call.paused or transport.is_closing() or transport.get_write_buffer_size()):
             self._call = call.connection = None
             self._reused = True
-            self._owner.keep(self)
+            self._owner.free(self, call)
         else:
+            self._owner.forget(call)
             self.close()
         call.sink.on_read(head, body, True)
 

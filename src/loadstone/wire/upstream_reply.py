@@ -3,12 +3,16 @@
 httptools finds the end of a reply, with three gaps that are closed here: it reports an interim reply (100, 103) as a
 complete message, does not finish a reply that the end of the connection delimits, and takes a reply to HEAD for one
 with a body. A callback stops the parser by raising; nothing that was parsed before is lost by it.
+
+``recognise`` is the short way for a reply that comes whole, under a head that was read before (``head_memo``).
 """
 
 import re
-from dataclasses import dataclass
 
 import httptools
+import msgspec
+
+from loadstone.wire.head_memo import HeadMemo
 
 MOST_HEAD_BYTES = 64 * 1024
 _MOST_HEADERS = 256
@@ -20,9 +24,8 @@ _OURS = frozenset(
 )
 
 
-@dataclass(slots=True)
-class Head:
-    """The head of a final reply."""
+class Head(msgspec.Struct):
+    """The head of a final reply. Equal heads may share one, so it is only read."""
 
     status: int
     reason: bytes
@@ -30,6 +33,8 @@ class Head:
     """In the order received, names in lower case, without content-length and what belongs to the connection."""
     length: int | None
     """Content-Length; None where the body is chunked or ends with the connection."""
+    notes: object = None
+    """The reader's own, for what it makes of the head: kept as long as the head is."""
 
 
 class _StopParserError(Exception):
@@ -38,6 +43,8 @@ class _StopParserError(Exception):
 
 class ReplyReader:
     """Reads the reply that ``begin`` asked for. ``feed`` takes bytes and raises what ``refusal`` understands.
+
+    ``memo`` is shared by the readers of one server's replies.
 
     After each ``feed``: ``head`` where it has been completed (the caller's to take), body bytes in ``parts`` (the
     caller's to clear), ``complete`` once the reply has ended.
@@ -48,7 +55,9 @@ class ReplyReader:
         "_head_bytes",
         "_head_only",
         "_headers",
+        "_known",
         "_length",
+        "_memo",
         "_named",
         "_parser",
         "_reason",
@@ -63,7 +72,9 @@ class ReplyReader:
         "reusable",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, memo: HeadMemo[Head] | None = None) -> None:
+        self._memo = memo or HeadMemo()
+        self._known = self._memo.known
         self.parts: list[bytes] = []
         self.on_body = self.parts.append
         self.reusable = True
@@ -71,15 +82,20 @@ class ReplyReader:
         self._refused = ""
         self._parser = httptools.HttpResponseParser(self)
         self.feed = self._parser.feed_data
-        self.begin(False)
+        self._head_only = False
+        self._clear()
 
     def begin(self, head_only: bool) -> None:
         """The next bytes are a new reply; ``head_only``: its request was a HEAD."""
+        self._head_only = head_only
+        if self.begun:
+            self._clear()
+
+    def _clear(self) -> None:
         self.head: Head | None = None
         self.begun = False
         """A byte of a reply has come, be it of an interim one."""
         self.complete = False
-        self._head_only = head_only
         self._status = 0
         self._head_bytes = 0
         self._framed = False
@@ -90,6 +106,21 @@ class ReplyReader:
         self._headers: list[tuple[bytes, bytes]] = []
         self._named: frozenset[bytes] = frozenset()
         self._length: int | None = None
+
+    def recognise(self, data: bytes) -> tuple[Head, bytes] | None:
+        """Head and body where ``data`` is the whole reply, under a known head; else it wants to be fed."""
+        if self.begun or self._head_only:
+            return None
+        end = data.find(b"\r\n\r\n") + 4
+        head = self._known.get(data[:end])
+        if head is None or len(data) - end != head.length:
+            return None
+        return head, data[end:]
+
+    def remember(self, data: bytes, head: Head, body: bytes) -> None:
+        """``data``, the first that was fed, was the whole reply: its head need not be read again."""
+        if self.reusable and not self._head_only and head.length == len(body):
+            self._memo.keep(data, len(body), head)
 
     @property
     def ends_with_connection(self) -> bool:
