@@ -18,6 +18,10 @@ Refused at once
     QUEUE_FULL, and EXPECTED_WAIT where the predicted wait exceeds the queue time-out, or wait and mean service together
     the time to its deadline. Where a place is free nothing is predicted: so a wrong estimate always gets corrected.
 
+Overload
+    Where the queue was derived from a measured curve (``standing_queue``) and more than one in ten of the last requests
+    found it full, it is shortened, and starts are spaced out (``pacing``), a free place or not.
+
 Refused while waiting
     QUEUE_TIMEOUT at the queue time-out, or once less time is left than the mean service takes; REQUEST_TIMEOUT at the
     deadline. A ticket that is late is never granted.
@@ -31,6 +35,7 @@ from dataclasses import dataclass
 
 from loadstone.core.drain import Drain
 from loadstone.core.fairness import FairQueue
+from loadstone.core.pacing import Pacing
 from loadstone.core.placement import UNBOUNDED, Placement, Upstream
 from loadstone.core.tickets import Refusal, State, Ticket, Want
 from loadstone.core.waiting import Waiting
@@ -64,13 +69,14 @@ class AdmissionSettings:
 class Admission:
     """The state machine. Upstream names that were never set raise KeyError."""
 
-    __slots__ = ("_drain", "_fair", "_places", "_refused_share", "_settings", "_waiting")
+    __slots__ = ("_drain", "_fair", "_pacing", "_places", "_refused_share", "_settings", "_waiting")
 
     def __init__(self, settings: AdmissionSettings) -> None:
         self._places = Placement()
         self._fair = FairQueue()
         self._waiting = Waiting(self._fair)
         self._drain = Drain()
+        self._pacing = Pacing()
         self._refused_share = 0.0
         """Of the last requests, those that the queue had no room for."""
         self._set(settings)
@@ -131,7 +137,7 @@ class Admission:
         alone = not waiting.by_age
         if alone and places.ramping:
             places.grow(now_ns, self._settings.slow_start_ns)
-        if alone or self._fair.leads(want.priority):
+        if (alone or self._fair.leads(want.priority)) and not self._held_back(now_ns):
             upstream = places.take(want.tokens, want.affinity, self._reserved() if waiting.moved else _NONE)
             if upstream is not None:
                 self._grant(ticket, upstream, now_ns)
@@ -221,7 +227,7 @@ class Admission:
         if timeout_ns is not None:
             when_ns = min(when_ns, oldest.queued_ns + timeout_ns)
         growth_ns = self._places.next_growth_ns(self._settings.slow_start_ns)
-        return when_ns if growth_ns is None else min(when_ns, growth_ns)
+        return min(due_ns for due_ns in (when_ns, growth_ns, self._pacing.due_ns) if due_ns is not None)
 
     # Figures
 
@@ -288,7 +294,7 @@ class Admission:
         settings = self._settings
         bound = settings.max_queue
         if bound is not None:
-            if settings.standing_queue is not None and self._refused_share > _OVERLOADED:
+            if settings.standing_queue is not None and self._overloaded:
                 bound = settings.standing_queue
             if len(self._waiting.by_age) >= bound:
                 self._refused_share += 1 / _MEMORY
@@ -318,6 +324,7 @@ class Admission:
         if places.ramping:
             places.grow(now_ns, self._settings.slow_start_ns)
         reserved = self._let_moved_go(now_ns, changed) if self._waiting.moved else _NONE
+        self._pacing.due_ns = None
         while (ticket := self._fair.head()) is not None:
             refusal = self._why_late(ticket, now_ns)
             if refusal is None and ticket.tokens > places.largest_budget:
@@ -325,6 +332,8 @@ class Admission:
             if refusal is not None:
                 changed.append(self._drop(ticket, refusal))
                 continue
+            if self._held_back(now_ns):
+                break
             upstream = places.take(ticket.tokens, ticket.want.affinity, reserved)
             if upstream is None:
                 break
@@ -378,6 +387,19 @@ class Admission:
         ticket.granted_ns = now_ns
         if ticket.share is None:
             self._fair.charge(ticket)
+        if self._paced and (rate_per_s := self._drain.rate_per_s(now_ns, self._places.running)):
+            self._pacing.started(now_ns, rate_per_s)
+
+    @property
+    def _overloaded(self) -> bool:
+        return self._refused_share > _OVERLOADED
+
+    @property
+    def _paced(self) -> bool:
+        return self._overloaded and self._settings.standing_queue is not None
+
+    def _held_back(self, now_ns: int) -> bool:
+        return self._paced and self._pacing.holds_back(now_ns)
 
     def _place_unlimited(self, ticket: Ticket, avoid: frozenset[str], now_ns: int) -> None:
         upstream = self._places.least_loaded(avoid)

@@ -9,7 +9,12 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class EngineError(Exception):
-    """The engine failed on an item that was well-formed: a crash in the model, NaN in its output."""
+    """The engine failed on an item that was well-formed: a crash in the model, NaN in its output. ``param`` names the
+    field of the request that it came from, where that is known."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class Engine(Protocol[Item_contra, Prepared, Result_co]):
