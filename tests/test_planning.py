@@ -71,7 +71,7 @@ def test_tensor_parallel_replicas_have_their_gpus_to_themselves() -> None:
     asked = ServeSettings(workers=4, tensor_parallel_size=2, gpu_memory_utilization=0.95)
     placed = place(asked, FOUR_GPUS, "vllm")
     assert [share.gpus for share in placed.shares] == [("0", "1"), ("2", "3")]
-    assert "--workers 4 becomes 2: a replica takes 2 GPUs of 4 GPUs; 4 would ask for 1.9 × their memory" in placed.notes[0]
+    assert placed.notes[0].endswith("a replica takes 2 GPUs of 4 GPUs; 4 would ask for 1.9 × their memory")
     with pytest.raises(UsageError, match="--tensor-parallel-size 2: this machine has 1 GPU; lower it"):
         place(asked, ONE_GPU, "vllm")
     assert len(place(asked, ONE_GPU, "transformers").shares) == 1

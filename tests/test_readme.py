@@ -15,7 +15,10 @@ from loadstone.cli.presets import MeasuredRun, expand
 from loadstone.core.errors import EXIT_OK
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "examples/README.md", "docs/method.md", "docs/design.md")
+PAGES = (
+    *("README.md", "examples/README.md", "docs/method.md", "docs/design.md"),
+    *("docs/gate.md", "docs/services.md", "docs/chat-engines.md"),
+)
 MARKED = re.compile(r"^<!-- run -->\n```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```(sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(loadstone \w+ [^`…]+)`")
