@@ -1,4 +1,5 @@
 # The model services with real models on the CPU, in an environment of its own: Loadstone's must work without torch.
+# Wants ab, curl and wrk on PATH.
 
 MODELS_ENV := .venv-models
 

@@ -73,18 +73,21 @@ class Running:
 
 
 @contextmanager
-def running(*words: object, **environment: str) -> Iterator[Running]:
-    """Run ``loadstone WORDS`` until the block ends. Its log is printed, and must hold no traceback."""
+def running(*words: object, patience_s: float = _PATIENCE_S, **environment: str) -> Iterator[Running]:
+    """Run ``loadstone WORDS`` until the block ends. Its log is printed, and must hold no traceback.
+
+    ``patience_s`` is the longest that it may take to be ready, and to stop.
+    """
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [LOADSTONE, *map(str, words)], stdout=subprocess.PIPE, stderr=log, text=True, env=clean() | environment
         )
         try:
-            command = Running(process, _ready(process))
+            command = Running(process, _ready(process, patience_s))
             yield command
             if not command.killed:
                 process.terminate()
-                assert process.wait(_PATIENCE_S) == 0
+                assert process.wait(patience_s) == 0
         finally:
             process.kill()
             process.communicate()
@@ -179,9 +182,9 @@ def until(reached: Callable[[], T], patience_s: float = _PATIENCE_S) -> T:
     return answer
 
 
-def _ready(process: "subprocess.Popen[str]") -> str:
+def _ready(process: "subprocess.Popen[str]", patience_s: float) -> str:
     assert process.stdout is not None
-    assert select.select([process.stdout], [], [], _PATIENCE_S)[0], "it says nothing"
+    assert select.select([process.stdout], [], [], patience_s)[0], "it says nothing"
     line = process.stdout.readline()
     assert "ready on" in line, f"it is not ready: {line!r}"
     return line.partition("ready on ")[2].split()[0]

@@ -207,9 +207,13 @@ MACHINE = [
     ),
 ]
 
+DEAD = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the"
+LEAKED = "resource_tracker.py:254: UserWarning: There appear to be 1 leaked objects\n  warnings.warn('There appear …'\n"
+
 NOT_KNOWN = [
     (1, "Traceback (most recent call last):\n  File \"x.py\"\nKeyError: 'weight'\n", "KeyError: 'weight'"),
     (1, f"{VLLM}AssertionError: odd\n(APIServer pid=7) {SEE_ABOVE}", "AssertionError: odd"),
+    (0, f"{VLLM}AssertionError: odd\n(APIServer pid=7) ERROR [x.py:9] {DEAD} root cause.\n{LEAKED}", "AssertionError"),
     (1, "Traceback (most recent call last):\nValueError: first\n\nAssertionError\n", "AssertionError"),
     (
         1,
@@ -232,6 +236,12 @@ def test_a_known_failure_is_one_line_with_its_remedy(log: str, line: str) -> Non
 @pytest.mark.parametrize("status", [-9, 137])
 def test_a_kill_without_a_word_is_the_kernels_for_want_of_memory(status: int) -> None:
     assert str(diagnose(status, "INFO 200 OK\n")) == KILLED
+
+
+def test_an_inner_process_that_died_without_a_word_of_its_own() -> None:
+    log = f"INFO 200 OK\n(APIServer pid=7) ERROR 11-20 14:13:05 [async_llm.py:906] {DEAD} root cause.\n{LEAKED}"
+    said = "an inner process of the engine died, of an error in its log or killed by the kernel for want of memory"
+    assert str(diagnose(0, log)) == f"{said} (dmesg tells): {HOST_LESS}"
 
 
 def test_a_kill_after_words_of_memory_is_what_the_words_say() -> None:

@@ -37,6 +37,7 @@ BOUNDS = ImageBounds(max_bytes=1000)
 @dataclass(frozen=True)
 class Read:
     values: tuple[float, ...]
+    param: str
     tokens: int
     truncated: bool = False
 
@@ -55,16 +56,17 @@ class Letters:
         if isinstance(item, ImageItem):
             if item.data.startswith(b"broken"):
                 raise BadAskError("not an image", item.param)
-            return Read(tuple(map(float, item.data[:4])), 256)
+            return Read(tuple(map(float, item.data[:4])), item.param, 256)
         if not isinstance(item.content, str):
-            return Read(tuple(map(float, item.content)), len(item.content))
+            return Read(tuple(map(float, item.content)), item.param, len(item.content))
         words = item.content.split()
         if len(words) > LIMIT_TOKENS and not item.truncate:
             raise BadAskError(f"{item.param} has {len(words)} tokens", item.param)
         if "nan" in words:
-            return Read((float("nan"),) * 4, 1)
+            return Read((float("nan"),) * 4, item.param, 1)
         read = words[:LIMIT_TOKENS]
-        return Read(tuple(float(ord(letter) - 96) for letter in "".join(read)[:4]), len(read), len(read) < len(words))
+        values = tuple(float(ord(letter) - 96) for letter in "".join(read)[:4])
+        return Read(values, item.param, len(read), len(read) < len(words))
 
     def tokens(self, prepared: Read) -> int:
         return prepared.tokens
@@ -215,7 +217,7 @@ def test_nan_fails_its_own_request_alone() -> None:
         bad, good = asyncio.ensure_future(ask(texts=["cccc", "nan"])), asyncio.ensure_future(ask(text="dddd"))
         engine.go.set()
         reply_of(await first)
-        assert (await bad).status == 500
+        assert (await bad).status == 422
         assert "NaN" in (await bad).error["message"]
         assert close(reply_of(await good)["embeddings"][0], [0.5] * 4)
 

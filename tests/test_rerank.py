@@ -226,7 +226,7 @@ def test_another_model_is_not_here(path: str) -> None:
 def test_what_is_no_number_fails_its_own_request_alone() -> None:
     async def test(ask: Ask, engine: Lengths) -> None:
         bad, good = await asyncio.gather(ask(query="q", documents=["a", "nan"]), ask(query="q", documents=["b", "cc"]))
-        assert (bad.status, bad.error["code"]) == (500, "engine_error")
+        assert (bad.status, bad.error["code"], bad.error["param"]) == (422, "engine_error", "documents[1]")
         assert "documents[1]" in bad.error["message"]
         assert [result["index"] for result in reply_of(good)["results"]] == [1, 0]
 

@@ -99,4 +99,4 @@ def test_show_starts_nothing(model: str) -> None:
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert len(lines) == 2
-    assert all("-m loadstone.serve.engines.llamacpp --port" in line and model in line for line in lines)
+    assert all(f"-m loadstone.serve.engines.llamacpp --model {model} --port" in line for line in lines)

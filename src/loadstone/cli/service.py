@@ -1,6 +1,6 @@
 """What a model service is told, and what follows from it on a machine: replicas, limits, notes. Nothing runs yet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loadstone.cli.gating import GateRun
 from loadstone.core.errors import UsageError
@@ -90,5 +90,7 @@ def plan(service: Service, machine: Machine) -> ServicePlan:
     wanted = Wanted(service.kind, engine, service.model, service.serve, each, service.own_flags())
     notes = [*placement.notes, *ineffective(service.kind, service.serve, engine)]
     if service.kind is Kind.RERANK:
-        notes += advice(service.serve, size_of(service.model), machine)
+        # What has no effect is not judged as well.
+        judged = service.serve if engine == "vllm" else replace(service.serve, gpu_memory_utilization=None)
+        notes += advice(judged, size_of(service.model), machine)
     return ServicePlan(gate, wanted, placement, tuple(notes))

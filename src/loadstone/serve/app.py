@@ -56,7 +56,8 @@ async def json_object(request: Request) -> dict[str, Any]:
 
 
 def service(routes: Sequence[BaseRoute], lifespan: Lifespan[Starlette]) -> Starlette:
-    """A Starlette application whose errors are OpenAI-shaped: 400 for a BadAskError, 500 for an EngineError."""
+    """A Starlette application whose errors are OpenAI-shaped: 400 for a BadAskError, 500 for an EngineError, 422 for one
+    that names the input it came from."""
     return Starlette(
         routes=routes,
         lifespan=lifespan,
@@ -69,7 +70,10 @@ def _bad_ask(_request: Request, error: Exception) -> Response:
 
 
 def _engine_failed(_request: Request, error: Exception) -> Response:
-    return error_reply(500, f"the model failed: {error}", "engine_error")
+    param = error.param if isinstance(error, EngineError) else None
+    # What the model cannot compute for this very input it will not compute next time either: clients try a 500 again.
+    status = 500 if param is None else 422
+    return error_reply(status, f"the model failed: {error}", "engine_error", param)
 
 
 def _http_error(_request: Request, error: Exception) -> Response:

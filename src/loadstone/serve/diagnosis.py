@@ -82,12 +82,12 @@ def _way(status: int | None, number: signal.Signals | None) -> str:
 
 
 def _last_words(log: str) -> str:
-    """The last exception that is not a hint at another, or the last line; empty where there is nothing."""
+    """The last exception, a hint at another only where there are no others, or the last line; empty: there is none."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if lines and _OURS.match(lines[-1]):
         return lines[-1]
     found = _VALUE_ERROR.findall(log) or _EXCEPTION.findall(log)
-    exceptions = [text for text in found if not _SAID_ELSEWHERE.search(text)]
+    exceptions = [text for text in found if not _SAID_ELSEWHERE.search(text)] or found
     return str(exceptions[-1]).strip() if exceptions else (lines or [""])[-1]
 
 

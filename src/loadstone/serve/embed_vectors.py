@@ -38,7 +38,10 @@ class Embedding:
 
 
 class Measured(Protocol):
-    """A prepared item, as far as its result repeats it."""
+    """A prepared item, as far as its result repeats it; ``param`` is the field of the request that it came from."""
+
+    @property
+    def param(self) -> str: ...
 
     @property
     def tokens(self) -> int: ...
@@ -52,7 +55,7 @@ def embeddings(vectors: Floats, batch: Sequence[Measured]) -> list[Embedding | E
     return [
         Embedding(row, item.tokens, item.truncated)
         if np.isfinite(row).all()
-        else EngineError("its vector has NaN or infinity in it")
+        else EngineError(f"{item.param}: its vector has NaN or infinity in it", item.param)
         for row, item in zip(vectors, batch, strict=True)
     ]
 

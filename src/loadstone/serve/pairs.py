@@ -52,7 +52,7 @@ def scored(value: float, pair: Tokenised) -> Score | EngineError:
     """The score of ``pair``, or an error where ``value`` is none."""
     if math.isfinite(value):
         return Score(value, len(pair.ids), pair.truncated)
-    return EngineError(f"{pair.param}: its score is {value}, not a number to rank by")
+    return EngineError(f"{pair.param}: its score is {value}, not a number to rank by", pair.param)
 
 
 def tokens_to_read(pair: Pair, *, document_tokens: int, other_tokens: int, limit_tokens: int) -> int:

@@ -14,6 +14,10 @@ _LESS_GPU_MEMORY = f"{_LESS_MEMORY}, or --gpu-memory-utilization"
 LESS_HOST_MEMORY = f"{_LESS_MEMORY}, --workers, or take --quantization int8 or a smaller model"
 _LOCAL_MODEL = "give --model the folder of a model that was downloaded before"
 _WITHOUT_GPU = "nvidia-smi must list one; without a GPU take --engine transformers or --engine llamacpp"
+_INNER_DIED = (
+    "an inner process of the engine died, of an error in its log or killed by the kernel for want of memory "
+    "(dmesg tells)"
+)
 _PORT_TAKEN = "its port is taken by another process"
 _WHO_LISTENS = "start again; ss -ltnp tells who listens"
 
@@ -169,8 +173,7 @@ ANYWHERE: tuple[Symptom, ...] = (
     _symptom(r"couldn't bind HTTP server socket", _PORT_TAKEN, _WHO_LISTENS),
     _symptom(
         r"(?:Engine core|Worker) proc \S+ died unexpectedly|Failed core proc\(s\): \{[^}]*-9",
-        "an inner process of the engine died, of an error in its log or killed by the kernel for want of memory "
-        "(dmesg tells)",
+        _INNER_DIED,
         LESS_HOST_MEMORY,
     ),
 )
@@ -186,5 +189,6 @@ LAST_WORDS: tuple[Symptom, ...] = (
     _symptom(r"address already in use|Errno 98\b", _PORT_TAKEN, _WHO_LISTENS),
     _symptom(r"Too many open files", "too many open files", "raise the limit (ulimit -n)"),
     _symptom(r"No space left on device", "a disk is full", "make room; /dev/shm counts (docker run --shm-size)"),
+    _symptom(r"EngineDeadError: EngineCore encountered an issue", _INNER_DIED, LESS_HOST_MEMORY),
     _symptom(r"^MemoryError\b", "the machine's memory does not suffice", LESS_HOST_MEMORY),
 )

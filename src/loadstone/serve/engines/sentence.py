@@ -30,6 +30,7 @@ class CountedText:
     """A text that the model tokenises itself."""
 
     text: str
+    param: str
     tokens: int
     truncated: bool
 
@@ -127,7 +128,7 @@ class _Whole:
         full = self._limit is not None and ids.shape[-1] >= self._limit
         if full:
             too_many(item, ids.shape[-1] + 1, self._limit)
-        return CountedText(item.content, ids.shape[-1], full)
+        return CountedText(item.content, item.param, ids.shape[-1], full)
 
     def features(self, batch: Sequence[CountedText]) -> dict[str, Any]:
         features: dict[str, Any] = self._model.preprocess([text.text for text in batch], prompt=self._prompt)

@@ -32,6 +32,7 @@ class Patches:
 
     tensors: dict[str, torch.Tensor]
     """What the image processor makes of one image, each (1, …)."""
+    param: str
     tokens: int
     truncated: bool = False
 
@@ -79,7 +80,7 @@ class SiglipEngine:
             return self._tokens.tokenise(item)
         image = decode(item.data, self._bounds, item.param)
         features = self._processor(images=[image], return_tensors="pt")
-        return Patches(dict(features), features["pixel_values"].shape[1])
+        return Patches(dict(features), item.param, features["pixel_values"].shape[1])
 
     def tokens(self, prepared: TokenisedText | Patches) -> int:
         return prepared.tokens if isinstance(prepared, Patches) else self._length

@@ -18,6 +18,7 @@ class TokenisedText:
     """A text as a model takes it, without padding."""
 
     ids: Sequence[int]
+    param: str
     truncated: bool = False
 
     @property
@@ -46,7 +47,7 @@ class TextTokens:
             return self._given(item, item.content)
         encoding = self._backend.encode(prompt + item.content)
         excess = too_many(item, len(encoding.ids), self.max_tokens)
-        return TokenisedText(self._cut(encoding, excess) if excess else encoding.ids, excess > 0)
+        return TokenisedText(self._cut(encoding, excess) if excess else encoding.ids, item.param, excess > 0)
 
     def _given(self, item: TextItem, ids: tuple[int, ...]) -> TokenisedText:
         strange = next((token for token in ids if not 0 <= token < self._vocabulary), None)
@@ -55,7 +56,7 @@ class TextTokens:
                 f"{item.param}: {strange} is no token of this model, which has {self._vocabulary}", item.param
             )
         excess = too_many(item, len(ids), self.max_tokens)
-        return TokenisedText(ids[: len(ids) - excess], excess > 0)
+        return TokenisedText(ids[: len(ids) - excess], item.param, excess > 0)
 
     def _cut(self, encoding: Any, excess: int) -> list[int]:
         """Without ``excess`` tokens of the text; what the model needs around it stays."""
