@@ -22,11 +22,11 @@ from typing import Any
 
 import psutil
 from client import line, spread
-from gate_run import quotient
 
+from loadstone.cli.demo import demo_shape
 from loadstone.measure.vocabulary import WORDS
 from loadstone.serve.child import running_child
-from loadstone.serve.engines.tiny_gguf import TinyShape, cached_model
+from loadstone.serve.engines.tiny_gguf import cached_model
 
 _ALL = ("embed", "rerank", "chat", "memory")
 _OPEN = ("--requests-per-minute", "0", "--requests-per-hour", "0")
@@ -86,6 +86,11 @@ def load(url: str, endpoint: str, rows: Path, count: int, at_once: int, *more: s
     return figures
 
 
+def quotient(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Of each run by its neighbour in the same round."""
+    return [one / other for one, other in zip(ones, others, strict=True)]
+
+
 def texts(count: int, seed: int) -> list[str]:
     draw = random.Random(seed)
     return [" ".join(draw.choices(WORDS, k=draw.randint(*_TEXT_WORDS))) for _ in range(count)]
@@ -106,35 +111,27 @@ def minilm() -> str:
 
 def embed(rounds: int, count: int, folder: Path, infinity: str) -> None:
     """64 clients with a text each, against the same texts offline, unbatched, and infinity-emb."""
-    model = minilm()
+    model, each_core = minilm(), ("--workers", str(len(os.sched_getaffinity(0))))
     runs: dict[str, list[float]] = {"service": [], "offline": [], "unbatched": [], "infinity": []}
     p99s_ms = []
     for seed in range(rounds):
         asked = texts(count, seed)
         rows = lines_of([{"prompt": text} for text in asked], folder)
-        done = subprocess.run(
-            [sys.executable, "-c", _OFFLINE, model], input=json.dumps(asked), check=True, capture_output=True, text=True
-        )
-        runs["offline"].append(float(done.stdout))
-        for name, more in (("service", ()), ("unbatched", ("--max-num-seqs", "1", "--max-concurrency", "256"))):
-            with serving("embed", "--model", model, *more) as service:
-                load(service.url, "embeddings", rows, _CLIENTS * 4, _CLIENTS)
-                few = count if name == "service" else count // 3
-                figures = load(
-                    service.url,
-                    "embeddings",
-                    lines_of([{"prompt": t} for t in texts(few, -seed - 1)], folder),
-                    few,
-                    _CLIENTS,
-                )
-                runs[name].append(figures["request_throughput"])
-                if name == "service":
-                    p99s_ms.append(figures["p99_e2el_ms"])
+        runs["offline"].append(offline(model, asked))
+        with serving("embed", "--model", model, *each_core, "--cache-size", "0") as service:
+            load(service.url, "embeddings", rows, _CLIENTS * 4, _CLIENTS)
+            figures = load(service.url, "embeddings", rows, count, _CLIENTS)
+            runs["service"].append(figures["request_throughput"])
+            p99s_ms.append(figures["p99_e2el_ms"])
+        alone = ("--max-num-seqs", "1", "--max-concurrency", "256")
+        with serving("embed", "--model", model, *each_core, "--cache-size", "0", *alone) as service:
+            load(service.url, "embeddings", rows, _CLIENTS * 4, _CLIENTS)
+            runs["unbatched"].append(load(service.url, "embeddings", rows, count // 3, _CLIENTS)["request_throughput"])
         if infinity:
+            told = ("--backend", "infinity-embeddings", "--model", Path(model).name)
             with running_infinity(infinity, model, folder) as url:
-                load(url, "/embeddings", rows, _CLIENTS * 4, _CLIENTS, "--backend", "infinity-embeddings")
-                figures = load(url, "/embeddings", rows, count, _CLIENTS, "--backend", "infinity-embeddings")
-                runs["infinity"].append(figures["request_throughput"])
+                load(url, "/embeddings", rows, _CLIENTS * 4, _CLIENTS, *told)
+                runs["infinity"].append(load(url, "/embeddings", rows, count, _CLIENTS, *told)["request_throughput"])
     for name, values in runs.items():
         if values:
             line(f"embeddings, 64 clients: {name}, texts/s", spread(values, 0))
@@ -143,6 +140,13 @@ def embed(rounds: int, count: int, folder: Path, infinity: str) -> None:
     line("**embeddings: service ÷ unbatched**", spread(quotient(runs["service"], runs["unbatched"])), "clearly above 1")
     if infinity:
         line("**embeddings: service ÷ infinity-emb**", spread(quotient(runs["service"], runs["infinity"])), "≥ 1")
+
+
+def offline(model: str, asked: list[str]) -> float:
+    """Texts a second of ``encode``, which has all cores and all texts at once."""
+    command = [sys.executable, "-c", _OFFLINE, model]
+    done = subprocess.run(command, input=json.dumps(asked), check=True, capture_output=True, text=True)
+    return float(done.stdout)
 
 
 @contextlib.contextmanager
@@ -180,7 +184,7 @@ def rerank(rounds: int, count: int, folder: Path) -> None:
 
 def chat(rounds: int, count: int, folder: Path) -> None:
     """16 streams through the gate and directly at the same engine."""
-    model = cached_model(TinyShape())
+    model = cached_model(demo_shape())
     runs: dict[str, list[float]] = {"gate": [], "direct": []}
     rows = lines_of([{"prompt": text} for text in texts(count, 0)], folder)
     with serving(

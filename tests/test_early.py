@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from loadstone.core.engine_metrics import EngineMetrics
 from loadstone.core.records import Outcome
 from loadstone.core.verdict import Verdict
-from loadstone.measure.early import Latency, View, certain_failure, view_of
+from loadstone.measure.early import Latency, View, certain_failure, certain_shortage, view_of
 from loadstone.measure.rules import Rules, Slo
 from loadstone.measure.steady import LevelData
-from loadstone.measure.telemetry import ServerFigures
+from loadstone.measure.telemetry import ServerFigures, TelemetrySample
 from made_levels import level, meta, record
 
 RULES = Rules(max_ttft_ms=1000.0)
@@ -176,3 +177,48 @@ def test_what_stopped_a_level_is_found_again_in_its_records() -> None:
 
 def test_a_level_that_ran_in_full_has_nothing_waiting() -> None:
     assert all(sample.known for sample in view_of(level(4)).latencies["ttft"])
+
+
+# -- resources ------------------------------------------------------------------------------------------------------
+
+
+def cache(*uses: float, preemptions: float = 0.0) -> list[TelemetrySample]:
+    """Samples a second apart; all preemptions come at the end."""
+    last = len(uses) - 1
+    return [
+        TelemetrySample(
+            float(i), EngineMetrics("vllm", kv_use=use, preemptions_total=preemptions if i == last else 0.0)
+        )
+        for i, use in enumerate(uses)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("uses", "fails"),
+    [
+        ([1.0] * 5, False),  # the rest of ten seconds may lie below
+        ([1.0] * 6, True),
+        ([0.5] * 4 + [1.0] * 5, False),
+        ([0.5] * 4 + [0.95] * 6, True),
+        ([0.94] * 10, False),
+        ([], False),
+    ],
+)
+def test_a_median_is_certain_once_most_of_the_window_is_over_the_limit(uses: list[float], fails: bool) -> None:
+    found = certain_shortage(cache(*uses), (0.0, float(len(uses))), 10.0, 100, RULES)
+    assert (found is not None and found.rule == "resource:kv") is fails
+
+
+def test_what_was_before_the_window_does_not_count() -> None:
+    assert certain_shortage(cache(*[1.0] * 6, *[0.5] * 4), (6.0, 10.0), 4.0, 100, RULES) is None
+
+
+def test_more_preemptions_than_the_plan_allows() -> None:
+    assert certain_shortage(cache(0.5, 0.5, preemptions=4.0), (0.0, 2.0), 10.0, 400, RULES) is None
+    found = certain_shortage(cache(0.5, 0.5, preemptions=5.0), (0.0, 2.0), 10.0, 400, RULES)
+    assert found is not None
+    assert found.rule == "resource:preemptions"
+
+
+def test_a_server_without_metrics_lacks_nothing() -> None:
+    assert certain_shortage([TelemetrySample(0.0), TelemetrySample(1.0)], (0.0, 2.0), 2.0, 100, RULES) is None

@@ -287,3 +287,12 @@ def test_what_we_cut_or_could_not_send_is_no_failure_of_the_server() -> None:
         played.end(slot, 2.5)
         played.end(slot, 2.6, broken=broken, status=0)
     assert LiveView(played.state, lambda e: None, True).view(T0 + 3 * SECOND).failures == 1
+
+
+def test_how_long_the_window_will_be_is_known_while_it_is_open() -> None:
+    """Twenty requests at two in a second; five request times where the plan is shorter."""
+    long, short = Played(n=2, requests=20), Played(n=2, requests=4)
+    long.run(1.0, 0.0, 8.0)
+    assert long.state.expected_window_ns(T0 + 8 * SECOND) / SECOND == pytest.approx(10.0, rel=0.1)
+    short.run(1.0, 0.0, 4.0)
+    assert short.state.expected_window_ns(T0 + 4 * SECOND) == 5 * SECOND

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from loadstone.core.errors import UsageError
 from loadstone.core.records import Outcome
 from loadstone.core.verdict import ClientFigures, Finding, Verdict
-from loadstone.measure.rules import Rules, Slo, Stance, extension, judge, requests_for
-from loadstone.measure.steady import Metric, Summary, summarise
+from loadstone.measure.rules import Rules, Slo, Stance, extension, judge, loose_end, requests_for
+from loadstone.measure.steady import Metric, Summary, Throughput, summarise
 from loadstone.measure.telemetry import ServerFigures
 from made_levels import level
 
@@ -307,8 +307,8 @@ def test_below_the_line_a_level_takes_what_it_is_given(stance: Stance) -> None:
     ("concurrency", "rules", "least"),
     [
         (1, Rules(), 60),  # what proves a success rate
-        (10, Rules(), 100),
-        (37, Rules(), 370),
+        (10, Rules(), 80),
+        (37, Rules(), 296),
         (1, Rules(ttft_stat="p50"), 60),
         (1, Rules(ttft_stat="p99"), 299),  # fewer have no upper bound of a p99
         (1, Rules(slos=(Slo("tpot", "p99", 50),)), 299),
@@ -316,9 +316,20 @@ def test_below_the_line_a_level_takes_what_it_is_given(stance: Stance) -> None:
     ],
 )
 def test_the_answers_own_level_takes_what_the_rules_need(concurrency: int, rules: Rules, least: int) -> None:
-    needed = requests_for(Stance.CONFIRM, concurrency, 0, rules, True)
+    needed = requests_for(Stance.CONFIRM, concurrency, 8 * concurrency, rules, True)
     assert least <= needed <= max(1.3 * least, 400)
     assert requests_for(Stance.CONFIRM, concurrency, 10_000, rules, True) == 10_000
+
+
+def test_a_level_that_passed_gets_all_its_requests_where_its_interval_asks_for_them() -> None:
+    steady = dataclasses.replace(summary(), throughput=Throughput(10.0, 0.09))
+    scattered = dataclasses.replace(summary(), throughput=Throughput(10.0, 0.11))
+    passed = judge(steady, Rules())
+    assert (passed.verdict, passed.sure) == (Verdict.PASS, True)
+    assert loose_end(steady, passed) == ""
+    assert loose_end(scattered, passed) == "throughput scatters"
+    assert "not sure" in loose_end(steady, dataclasses.replace(passed, sure=False))
+    assert loose_end(scattered, dataclasses.replace(passed, verdict=Verdict.UNRESOLVED)) == ""
 
 
 def open_finding(rule: str) -> Finding:

@@ -88,7 +88,8 @@ class LadderSettings:
     levels: str = DEFAULT_LEVELS
     """Concurrencies to climb through, ascending."""
     requests_per_slot: int = 10
-    """Requests judged for each slot at the answer, and where throughput scatters; half as many where it is steady."""
+    """Requests judged for each slot where throughput scatters or the verdict is not sure; where all is steady two less
+    at the answer, and half as many below it."""
     max_level_seconds: float = 0.0
     """Longest time for one level; 0 = as long as its requests take."""
 

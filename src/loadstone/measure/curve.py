@@ -38,6 +38,20 @@ class Curve:
             tuple(max(x.se_rps, _LEAST_ERROR * x.rps) for _, x in usable),
         )
 
+    @classmethod
+    def likely(cls, points: Sequence[Point]) -> "Curve":
+        """With what a level that failed its latency tells of the capacity: reached with as many requests as it served.
+
+        A guess, without errors: such a level may have been stopped early.
+        """
+        known = {float(p.concurrency): p.throughput.rps for p in points if p.throughput and p.throughput.rps > 0}
+        saturated = next((p for p in points if p.service is not None), None)
+        if saturated is not None and saturated.service is not None:
+            service = saturated.service
+            known = {float(saturated.concurrency): service.rps, service.busy: service.rps} | known
+        ns = sorted(known)
+        return cls(tuple(ns), tuple(known[n] for n in ns), tuple(0.0 for _ in ns))
+
     def gain(self, min_gain: float) -> GainEstimate | None:
         """The gain line from what was measured; None without a doubling to look at, or without the rule."""
         if min_gain <= 0 or len(self.ns) < 2:
@@ -70,7 +84,8 @@ class Curve:
         if min_gain <= 0 or len(self.ns) < 2:
             return None
         dense = self._filled()
-        estimate = dense._continued(_bent(dense._last_slope()[0])).gain(min_gain)
+        ahead = dense._continued(_bent(dense._last_slope()[0]))
+        estimate = gain_line(ahead.ns, ahead.xs, None, min_gain)
         return estimate.line if estimate is not None and estimate.reached else None
 
     def is_settled(self, estimate: GainEstimate, resolution: float) -> bool:

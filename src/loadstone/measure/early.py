@@ -13,13 +13,16 @@ from loadstone.core.early_stop import mean_certain, mean_exceeds
 from loadstone.core.records import Outcome, RequestRecord
 from loadstone.core.stats import wilson
 from loadstone.core.verdict import Finding, Verdict
-from loadstone.measure.rules import SUCCESS_PROOF_REQUESTS, Rules
+from loadstone.measure.rules import MAX_PREEMPTED_SHARE, SUCCESS_PROOF_REQUESTS, Rules
 from loadstone.measure.steady import LevelData
+from loadstone.measure.telemetry import TelemetrySample, summarise_telemetry
 
 _CERTAINTY_MARGIN = 1.05
 """A mean that is only just certain to be over its limit would still be UNRESOLVED by its interval."""
 
 _LEAST_OVER = 3
+_MOST = 0.55
+"""Of a window whose end is not known to the second."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,28 @@ def certain_failure(view: View, rules: Rules, streams: bool) -> Finding | None:
         failed = _mean_fails if stat == "mean" else _quantile_fails
         if failed(samples, view, stat, limit_ms):
             return Finding(rule, Verdict.FAIL, _so_far(metric, stat, samples, limit_ms))
+    return None
+
+
+def certain_shortage(
+    samples: Sequence[TelemetrySample], elapsed: tuple[float, float], window_s: float, planned: int, rules: Rules
+) -> Finding | None:
+    """The same of the server's resources, for a window that began at ``elapsed[0]`` and has come to ``elapsed[1]``.
+
+    Both in seconds since t0; ``window_s`` is how long the window will be, for ``planned`` requests. The median of KV
+    use is certain once it was over its limit for more than half of that time.
+    """
+    start_s, now_s = elapsed
+    preempted = summarise_telemetry(samples, start_s, now_s).preemptions or 0.0
+    allowed = MAX_PREEMPTED_SHARE * max(planned, SUCCESS_PROOF_REQUESTS)
+    if preempted > allowed:
+        text = f"{preempted:.0f} preemptions so far; {allowed:.0f} would be 1 in 100 of {planned} requests"
+        return Finding("resource:preemptions", Verdict.FAIL, text)
+    kv_use = [s.server.kv_use for s in samples if s.server is not None and start_s <= s.t_s < now_s]
+    full = sum(1 for use in kv_use if use is not None and use >= rules.max_kv_use)
+    if full and full * (now_s - start_s) > _MOST * window_s * len(kv_use):
+        text = f"KV cache use at or above {100 * rules.max_kv_use:g} % for most of the level already"
+        return Finding("resource:kv", Verdict.FAIL, text)
     return None
 
 

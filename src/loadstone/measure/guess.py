@@ -35,11 +35,24 @@ def guess_inside(low: Point, high: Point, points: Sequence[Point], resolution: f
     if crossing is None:
         power = 0.75 if fails_cheaply(high.rule) else 0.6
         return Guess(bottom * (top / bottom) ** power, False)
-    # Just below the crossing closes the bracket from one side; where that is known already, just above it.
-    below, step = crossing.concurrency * (1 - resolution / 2), 1 + resolution / 2
-    if below > bottom * (1 + resolution) * step:
-        return Guess(min(below, top / step), crossing.holds)
-    return Guess(min(max(crossing.concurrency * step, bottom * step), bottom * (1 + resolution)), False)
+    if crossing.concurrency <= closing(bottom, resolution):
+        # It lies just above the level that held: the next one is to fail.
+        return Guess(closing(bottom, resolution), False)
+    # Where the crossing lies close to the level that failed, the lowest one that closes the bracket when it holds.
+    closes = math.ceil(top / (1 + resolution))
+    below = closes if closes <= crossing.concurrency else _below(crossing.concurrency, resolution)
+    return Guess(below, crossing.holds)
+
+
+def closing(bottom: int, resolution: float) -> int:
+    """The highest level that closes the bracket above ``bottom`` when it fails: a resolution, or one slot, above it."""
+    return max(bottom + 1, math.floor(bottom * (1 + resolution) * 1.0001))
+
+
+def _below(crossing: float, resolution: float) -> int:
+    """The level that has ``crossing`` in the middle between itself and the one above it that closes the bracket."""
+    levels = range(max(1, math.floor(crossing * (1 - resolution))), math.floor(crossing) + 1)
+    return min(levels, key=lambda n: abs(n + closing(n, resolution) - 2 * crossing))
 
 
 def _crossing(low: Point, high: Point, points: Sequence[Point], resolution: float) -> Guess | None:
@@ -55,8 +68,8 @@ def _crossing(low: Point, high: Point, points: Sequence[Point], resolution: floa
     if high.rule in ("resource:kv", "resource:preemptions") and kv_use:
         # The cache fills in proportion to what runs.
         full = bottom / kv_use
-        return Guess(full * (1 + resolution / 2), True) if bottom < full < top else None
-    if high.line_by_little is not None and bottom * (1 + resolution) < high.line_by_little < top:
+        return Guess(min(full, top), True) if bottom < full else None
+    if high.line_by_little is not None and bottom < high.line_by_little < top:
         return Guess(high.line_by_little, True)
     above = next((p for p in points if p.concurrency > top and p.verdict is Verdict.FAIL), None)
     return _secant(low, high, above)

@@ -98,6 +98,11 @@ class LevelState:
         """Mean end-to-end time of the successes so far (R̄); the expected one before there is any."""
         return self._finished_ns // self._finished if self._finished else self.expected_ns
 
+    def expected_window_ns(self, now_ns: int) -> int:
+        """How long the window will have been when it closes, as things go."""
+        for_the_plan_ns = (now_ns - self.w0_ns) * self.planned // max(1, self.sent)
+        return max(for_the_plan_ns, self.plan.window_times * self.mean_ns, WINDOW_MIN_NS)
+
     def on_send(self, exchange: Exchange) -> None:
         self.exchanges.append(exchange)
 

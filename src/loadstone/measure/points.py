@@ -12,6 +12,21 @@ from loadstone.measure.steady import LevelData, Summary, Throughput, summarise
 
 
 @dataclass(frozen=True)
+class Service:
+    """What a level that failed its latency was working on: its server is at its capacity, whatever else waits."""
+
+    busy: float
+    """Requests past their first token, on average; all in flight where nothing streams."""
+    took_s: float
+    """From there to the end."""
+
+    @property
+    def rps(self) -> float:
+        """Little's law."""
+        return self.busy / self.took_s
+
+
+@dataclass(frozen=True)
 class Point:
     """One concurrency, as the search sees it."""
 
@@ -31,6 +46,8 @@ class Point:
     """Value ÷ limit by rule, where it can be said: what the secant runs through."""
     accepted: int | None = None
     """Requests the server was working on when a refusing level ended: where its own limit seems to lie."""
+    service: Service | None = None
+    """Where a latency failed: a guess for the next levels, as it may rest on a level that was stopped early."""
     line_by_little: float | None = None
     """Where the latency that failed would just meet its limit, if the server were saturated already."""
     refuted: bool = False
@@ -67,7 +84,8 @@ def point_of(levels: Sequence[LevelData], rules: Rules) -> Point:
         judgement = judge(summary, rules, stance)
     else:
         summary, judgement = judge_level(levels[-1], rules, Stance.SETTLE)
-    exact = judgement.verdict is Verdict.FAIL and judgement.rule.split(":")[0] in ("success", "resource")
+    failed = judgement.rule if judgement.verdict is Verdict.FAIL else ""
+    service = _service(levels[-1]) if failed.removeprefix("slo:") in ("ttft", "e2el") else None
     return Point(
         concurrency=summary.concurrency,
         verdict=judgement.verdict,
@@ -75,13 +93,14 @@ def point_of(levels: Sequence[LevelData], rules: Rules) -> Point:
         reason=judgement.reason,
         sure=judgement.sure,
         runs=runs,
-        full=bool(usable) or exact,
+        full=bool(usable) or failed.split(":")[0] in ("success", "resource"),
         requests=summary.requests if usable else 0,
         throughput=summary.throughput if usable else None,
         pressure=_pressure(summary, levels[-1], rules),
         accepted=_accepted(levels[-1]) if summary.failures.get(Outcome.REFUSED) else None,
-        line_by_little=_line_by_little(levels[-1], judgement.rule, rules),
-        refuted=judgement.verdict is Verdict.FAIL and levels[-1].meta.kind == "confirm",
+        service=service,
+        line_by_little=_line_by_little(service, failed, rules.latency(summary.streams)),
+        refuted=bool(failed) and levels[-1].meta.kind == "confirm",
         supported=summary.concurrency if _keeps_up(summary, rules) else summary.supported_concurrency,
     )
 
@@ -126,20 +145,24 @@ def _pressure(summary: Summary, level: LevelData, rules: Rules) -> dict[str, flo
     return pressure
 
 
-def _line_by_little(level: LevelData, rule: str, rules: Rules) -> float | None:
-    """N = X·R (Little) with R at the limit: what a request takes besides its wait for the first token, and the limit.
-
-    A guess for the next level, not a judgement: it may rest on the first replies of a level that was stopped early.
-    """
-    limit_ms = next((limit for name, _, _, limit in rules.latency(level.meta.streams) if name == rule), None)
+def _service(level: LevelData) -> Service | None:
+    """None where too few requests ended in the window."""
     start_s, end_s = level.meta.window_start_s, level.meta.window_end_s
-    done = [r for r in level.records if r.ok and start_s <= r.end_s < end_s]
-    if limit_ms is None or len(done) < 2 or rule.removeprefix("slo:") not in ("ttft", "e2el"):
+    alive = [r for r in level.records if r.outcome in (Outcome.OK, Outcome.CUT)]
+    begun = [(r.sent_s + (r.ttft_s or 0.0), r) for r in alive if r.ttft_s is not None or not level.meta.streams]
+    took_s = [r.end_s - first_s for first_s, r in begun if r.ok and start_s <= r.end_s < end_s]
+    if len(took_s) < 2 or sum(took_s) <= 0:
         return None
-    served_s = 0.0
-    if rule.endswith("ttft"):
-        served_s = sum(r.e2el_s - (r.ttft_s or 0.0) for r in done) / len(done)
-    return len(done) / (end_s - start_s) * (served_s + limit_ms / 1e3)
+    busy_s = sum(max(0.0, min(r.end_s, end_s) - max(first_s, start_s)) for first_s, r in begun)
+    return Service(busy_s / (end_s - start_s), sum(took_s) / len(took_s))
+
+
+def _line_by_little(service: Service | None, rule: str, limits: Sequence[tuple[str, str, str, float]]) -> float | None:
+    """N = X·R (Little) with R at the limit: the wait for the first token that is allowed, and the service after it."""
+    if service is None:
+        return None
+    limit_s = next(limit_ms for name, _, _, limit_ms in limits if name == rule) / 1e3
+    return service.rps * (limit_s + (service.took_s if rule.endswith("ttft") else 0.0))
 
 
 def _accepted(level: LevelData) -> int:

@@ -17,10 +17,12 @@ from loadstone.core.errors import UsageError
 from loadstone.core.records import Outcome
 from loadstone.core.stats import Z_95, needed_for_mean, quantile_interval, wilson
 from loadstone.core.verdict import Finding, Verdict
-from loadstone.measure.steady import Z_ONE_SIDED, Metric, Summary
+from loadstone.measure.steady import Z_ONE_SIDED, Metric, Summary, scatters
 
 SUCCESS_PROOF_REQUESTS = 60
 """Zero failures prove a success rate of 95 % only from n = 59."""
+QUANTILE_REQUESTS = 10
+"""Judged for each slot, at least, where a quantile is held to a limit."""
 MAX_EXTENSION = 3
 """An unresolved level may grow to this many times its plan."""
 MAX_TURNAROUND_SHARE = 0.10
@@ -282,15 +284,15 @@ def _percent(share: float) -> str:
 
 
 def requests_for(stance: Stance, concurrency: int, base: int, rules: Rules, streams: bool) -> int:
-    """Requests to judge at first: ``base`` (5N by default), raised to what the answer needs."""
+    """Requests to judge at first: ``base``, raised at the answer to what its rules need."""
     if stance is not Stance.CONFIRM:
         return base
-    needed = [10 * concurrency, SUCCESS_PROOF_REQUESTS]
+    needed = [base, SUCCESS_PROOF_REQUESTS]
     for _, _, stat, _ in rules.latency(streams):
         if stat != "mean":
             # The rule of three: from this many on, the largest of them bounds the quantile at 95 %.
-            needed.append(math.ceil(3 / (1 - float(stat[1:]) / 100)))
-    return max(base, *needed)
+            needed += [QUANTILE_REQUESTS * concurrency, math.ceil(3 / (1 - float(stat[1:]) / 100))]
+    return max(needed)
 
 
 def undecided(summary: Summary, judgement: Judgement, rules: Rules) -> Finding | None:
@@ -302,6 +304,15 @@ def undecided(summary: Summary, judgement: Judgement, rules: Rules) -> Finding |
     if judgement.verdict is Verdict.PASS:
         return next((finding for finding in open_ones if not _point_holds(finding, summary, rules)), None)
     return None
+
+
+def loose_end(summary: Summary, judgement: Judgement) -> str:
+    """Why a level that passed is worth the most requests it may have; empty where those that it has will do."""
+    if judgement.verdict is not Verdict.PASS:
+        return ""
+    if not judgement.sure:
+        return f"{judgement.reason}: not sure"
+    return "throughput scatters" if scatters(summary) else ""
 
 
 def extension(summary: Summary, finding: Finding, rules: Rules, planned: int, steepness: float) -> int:

@@ -16,12 +16,12 @@ from loadstone.core.clock import Clock
 from loadstone.core.records import Outcome, RequestRecord
 from loadstone.core.target import Exchange, Request, Target
 from loadstone.core.verdict import Finding, Verdict
-from loadstone.measure.early import certain_failure
+from loadstone.measure.early import certain_failure, certain_shortage
 from loadstone.measure.generator import ClosedLoop
 from loadstone.measure.level import LevelPlan, LevelState, LiveView, Phase
 from loadstone.measure.points import judge_level
-from loadstone.measure.rules import MAX_PREEMPTED_SHARE, SUCCESS_PROOF_REQUESTS, Judgement, Rules, extension, undecided
-from loadstone.measure.steady import LevelData, LevelMeta, Summary, scatters
+from loadstone.measure.rules import Judgement, Rules, extension, loose_end, undecided
+from loadstone.measure.steady import LevelData, LevelMeta, Summary
 from loadstone.measure.telemetry import Telemetry, TelemetrySample, summarise_telemetry
 from loadstone.measure.watch import LevelProgress, Watcher
 from loadstone.measure.workload import Workload
@@ -179,10 +179,8 @@ class LevelRunner:
         if finding is not None:
             more = extension(summary, finding, self._settings.rules, plan.requests, self._steepness(summary))
             return more, f"{finding.reason}: too close to tell"
-        more = plan.most_requests - summary.requests
-        if more > 0 and judgement.verdict is Verdict.PASS and scatters(summary):
-            return more, "throughput scatters"
-        return 0, ""
+        why = loose_end(summary, judgement)
+        return (max(0, plan.most_requests - summary.requests), why) if why else (0, "")
 
     def _data(
         self,
@@ -241,18 +239,13 @@ class LevelRunner:
             return ""
         if now_ns - state.w0_ns < max(_EVIDENCE_MIN_NS, state.expected_ns // 2):
             return ""
-        failure = self._failure(state, live, now_ns) or self._preempted(state, now_ns)
+        failure = self._failure(state, live, now_ns) or self._shortage(state, now_ns)
         return failure.reason if failure is not None else ""
 
-    def _preempted(self, state: LevelState, now_ns: int) -> Finding | None:
-        """More preemptions already than the whole plan allows."""
-        start_s, now_s = (state.w0_ns - state.t0_ns) / 1e9, (now_ns - state.t0_ns) / 1e9
-        so_far = summarise_telemetry(self._telemetry.samples, start_s, now_s).preemptions or 0.0
-        allowed = MAX_PREEMPTED_SHARE * max(state.planned, SUCCESS_PROOF_REQUESTS)
-        if so_far <= allowed:
-            return None
-        text = f"{so_far:.0f} preemptions so far; {allowed:.0f} would be 1 in 100 of {state.planned} requests"
-        return Finding("resource:preemptions", Verdict.FAIL, text)
+    def _shortage(self, state: LevelState, now_ns: int) -> Finding | None:
+        elapsed = (state.w0_ns - state.t0_ns) / 1e9, (now_ns - state.t0_ns) / 1e9
+        window_s = state.expected_window_ns(now_ns) / 1e9
+        return certain_shortage(self._telemetry.samples, elapsed, window_s, state.planned, self._settings.rules)
 
     def _failure(self, state: LevelState, live: LiveView, now_ns: int) -> Finding | None:
         failure = certain_failure(live.view(now_ns), self._settings.rules, self._settings.streams)

@@ -4,27 +4,29 @@ Theory of operation. Every call looks at all points anew, so a resumed search go
 
 1. a level that was INVALID is run once more; so is a failing first level (a cold server fails it wrongly);
 2. the ladder, up to the first failure or until a doubling no longer pays;
-3. the bracket between the highest PASS and the lowest FAIL above it, down to the resolution;
-4. where a doubling stops paying below that line, the levels around the gain line instead;
+3. where a doubling seems to stop paying below the line of the rule that failed, the levels that tell;
+4. else the bracket between the highest PASS and the lowest FAIL above it, down to the resolution; where the gain line
+   is soft, the levels half an octave to each side of it;
 5. an early FAIL that became the final upper bound, once more in full;
-6. the answer's own level, up to ten requests a slot; refuted, it steps down one resolution;
+6. the answer's own level, up to ten requests sent for each slot; refuted, it steps down one resolution;
 7. the recommended level, so that the figures written for it are measured.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loadstone.core.gain import GainEstimate
 from loadstone.core.limits import recommend
 from loadstone.core.verdict import LevelKind, Verdict
 from loadstone.measure.curve import Curve
-from loadstone.measure.guess import fails_cheaply, guess_inside
+from loadstone.measure.guess import closing, guess_inside
 from loadstone.measure.points import Point
 from loadstone.measure.rules import Rules, Stance, requests_for
 
 DEFAULT_LADDER = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 BRACKET_REQUESTS = 5
+ANSWER_REQUESTS = 8
 TOP_UP_REQUESTS = 2
 WINDOW_TIMES = 5
 """A window of fewer request times holds too few waves to judge by itself."""
@@ -32,6 +34,8 @@ MAX_RUNS = 3
 """Of one level: more would not settle what these did not."""
 MAX_BISECTIONS = 16
 MAX_GAIN_LEVELS = 6
+_NEAR_ABOVE = 0.19
+"""A quarter octave: a level so near to half an octave above the gain line serves in its stead."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class SearchSettings:
         """Judged requests per slot on the ladder: half, as long as throughput is steady; all, where it scatters."""
         return max(1, math.ceil(self.requests_per_slot / 2))
 
+    @property
+    def answer_requests(self) -> int:
+        """Judged requests per slot at the answer: of ten that are sent one warms up and one keeps the load on."""
+        return max(ANSWER_REQUESTS, self.requests_per_slot - 2)
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -62,7 +71,7 @@ class Ask:
     why: str = ""
     window_times: int = WINDOW_TIMES
     most_requests: int = 0
-    """So many where throughput scatters; 0: ``requests`` will do."""
+    """So many where throughput scatters or the verdict is not sure; 0: ``requests`` will do."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,7 @@ class Bracket:
     def closed(self, resolution: float) -> bool:
         if self.low is None or self.high is None:
             return False
-        low, high = self.low.concurrency, self.high.concurrency
-        return high - low <= 1 or high <= low * (1 + resolution) * 1.0001
+        return self.high.concurrency <= closing(self.low.concurrency, resolution)
 
 
 @dataclass(frozen=True)
@@ -116,16 +124,19 @@ def candidate_of(points: Sequence[Point], settings: SearchSettings) -> Candidate
 def _whole_line(gain: GainEstimate, points: Sequence[Point], settings: SearchSettings) -> int:
     """The gain line as a number of slots.
 
-    Every level measured near it moves it a little. Within half the resolution the level that was confirmed stands,
-    else one whose recommended level has been measured: a soft line is not worth chasing.
+    Every level measured near it moves it a little, and a soft line is not worth chasing: within the resolution a level
+    stands that was confirmed, else one whose recommended level has been measured.
     """
-    within = settings.rules.resolution / 2
-    near = range(max(1, math.ceil(gain.line * (1 - within))), math.floor(gain.line * (1 + within)) + 1)
-    by_distance = sorted(near, key=lambda n: abs(n - gain.line))
+    within = settings.rules.resolution
+    low, high = gain.line * (1 - within), min(gain.line * (1 + within), gain.high)
     known = {p.concurrency: p for p in points if p.verdict is Verdict.PASS}
-    confirmed = [n for n in by_distance if n in known and known[n].requests >= _needed(n, settings)]
-    measured = [n for n in by_distance if _has_throughput(known.get(recommend(n, settings.headroom)))]
-    return next(iter([*confirmed, *measured]), round_line(gain.line))
+
+    def left_to_run(n: int) -> tuple[bool, bool]:
+        confirmed = n in known and known[n].requests >= _needed(n, settings)
+        return not confirmed, not _has_throughput(known.get(recommend(n, settings.headroom)))
+
+    near = [n for n in range(max(1, math.ceil(low)), math.floor(high) + 1) if not all(left_to_run(n))]
+    return min(near, key=lambda n: (left_to_run(n), abs(n - gain.line)), default=round_line(gain.line))
 
 
 def _has_throughput(point: Point | None) -> bool:
@@ -133,7 +144,9 @@ def _has_throughput(point: Point | None) -> bool:
 
 
 def _needed(concurrency: int, settings: SearchSettings) -> int:
-    return requests_for(Stance.CONFIRM, concurrency, 0, settings.rules, settings.streams)
+    """Requests to judge at the answer."""
+    base = settings.answer_requests * concurrency
+    return requests_for(Stance.CONFIRM, concurrency, base, settings.rules, settings.streams)
 
 
 def _binding(high: Point) -> str:
@@ -190,7 +203,10 @@ def _ladder(concurrency: int, settings: SearchSettings, why: str) -> Ask:
 def _confirming(concurrency: int, settings: SearchSettings, why: str, have: int = 0) -> Ask:
     times = TOP_UP_REQUESTS if have >= BRACKET_REQUESTS * concurrency else BRACKET_REQUESTS
     requests = max(_needed(concurrency, settings) - have, times * concurrency)
-    return Ask(LevelKind.CONFIRM, concurrency, requests, Stance.CONFIRM, why=why, window_times=times)
+    most = settings.requests_per_slot * concurrency - have
+    return Ask(
+        LevelKind.CONFIRM, concurrency, requests, Stance.CONFIRM, why=why, window_times=times, most_requests=most
+    )
 
 
 def _climb(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
@@ -226,8 +242,7 @@ def _narrow(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
     if high.verdict is Verdict.INVALID:
         # Where the generator gives out says nothing of the server: the answer stays a lower bound.
         return None
-    gain = binding_gain(points, bracket, settings)
-    if gain is not None and gain.line * (1 + settings.rules.resolution) < low.concurrency:
+    if binding_gain(points, bracket, settings) is not None:
         return None
     inside = [p for p in points if low.concurrency < p.concurrency < high.concurrency]
     if len(points) > len(settings.ladder) + MAX_BISECTIONS:
@@ -236,46 +251,64 @@ def _narrow(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
     target = min(max(math.floor(guess.concurrency), low.concurrency + 1), high.concurrency - 1)
     if any(p.concurrency == target for p in inside):
         return None
-    answers = guess.holds and (fails_cheaply(high.rule) or _pays_up_to(target, points, settings))
+    answers = guess.holds and _likely_gain_line(points, settings) is None
     return _bracket_ask(target, answers, low, high, settings)
-
-
-def _pays_up_to(concurrency: int, points: Sequence[Point], settings: SearchSettings) -> bool:
-    """The gain line cannot lie below ``concurrency``."""
-    gain = Curve.of(points).gain_under_line(settings.rules.min_gain)
-    return gain is None or gain.low >= concurrency
 
 
 def _bracket_ask(target: int, holds: bool, low: Point, high: Point, settings: SearchSettings) -> Ask:
     resolution = settings.rules.resolution
-    would_close = high.concurrency <= target * (1 + resolution) * 1.0001 or high.concurrency - target <= 1
-    likely_bound = target <= low.concurrency * (1 + resolution) * 1.0001
-    base = BRACKET_REQUESTS * target
-    if holds or (would_close and not likely_bound):
-        # Passing, it is the answer: its confirmation is cheaper now than in a level of its own.
-        base = requests_for(Stance.CONFIRM, target, base, settings.rules, settings.streams)
+    would_close = high.concurrency <= closing(target, resolution)
+    likely_bound = target <= closing(low.concurrency, resolution)
     why = f"between {low.concurrency} that held and {high.concurrency} that did not"
-    return Ask(LevelKind.BISECT, target, base, Stance.EXPLORE, not likely_bound, why)
+    if holds or (would_close and not likely_bound):
+        return replace(_answering(target, why, settings), may_stop_early=not likely_bound)
+    return Ask(LevelKind.BISECT, target, BRACKET_REQUESTS * target, Stance.EXPLORE, not likely_bound, why)
 
 
 def _decide_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
-    """The recommended level early, where it tells whether the gain line lies below the hard one.
-
-    Half an octave below a level that passed lies nearly its recommended level, which is run in any case; known
-    early, it may spare closing a bracket above the gain line.
-    """
+    """Where the gain line seems to lie below the hard one: the levels that tell, instead of closing the bracket."""
     bracket = bracket_of(points)
     low, high = bracket.low, bracket.high
-    if low is None or high is None or high.verdict is not Verdict.FAIL or low.concurrency in settings.ladder:
+    if low is None or high is None or high.verdict is not Verdict.FAIL or bracket.closed(settings.rules.resolution):
         return None
-    estimate = Curve.of(points).gain_under_line(settings.rules.min_gain)
-    if (
-        estimate is None
-        or estimate.low >= low.concurrency
-        or Curve.of(points).is_settled(estimate, settings.rules.resolution)
-    ):
+    line = _likely_gain_line(points, settings)
+    if line is None or _off_ladder(points, settings) >= MAX_GAIN_LEVELS:
         return None
-    return _measuring(points, recommend(low.concurrency, settings.headroom), "does a doubling still pay below it?")
+    resolution, curve, target = settings.rules.resolution, Curve.of(points), round_line(line)
+    why = f"a doubling pays up to {target} only"
+    below = recommend(target, settings.headroom)
+    if not curve.near(below, resolution):
+        return _measuring(points, below, f"the recommended level, if {why}")
+    if target <= low.concurrency or curve.near(target, resolution):
+        return None
+    return _answering(target, f"it seems that {why}", settings)
+
+
+def _likely_gain_line(points: Sequence[Point], settings: SearchSettings) -> float | None:
+    """Where it seems to lie; None where that is not below the hard line."""
+    line = Curve.likely(points).likely_line(settings.rules.min_gain)
+    return line if line is not None and line < _hard_line(points, settings) else None
+
+
+def _hard_line(points: Sequence[Point], settings: SearchSettings) -> float:
+    """Where the rule that failed seems to cross its limit; just beyond the ladder where none did."""
+    bracket = bracket_of(points)
+    low, high = bracket.low, bracket.high
+    if high is None:
+        return settings.ladder[-1] + 1
+    if low is None or high.verdict is not Verdict.FAIL or bracket.closed(settings.rules.resolution):
+        return high.concurrency
+    return guess_inside(low, high, points, settings.rules.resolution).concurrency
+
+
+def _off_ladder(points: Sequence[Point], settings: SearchSettings) -> int:
+    return sum(1 for point in points if point.concurrency not in settings.ladder)
+
+
+def _answering(target: int, why: str, settings: SearchSettings) -> Ask:
+    """A level that is probably the answer: its confirmation is cheaper now than in a level of its own."""
+    most = settings.requests_per_slot * target
+    return Ask(LevelKind.BISECT, target, _needed(target, settings), Stance.EXPLORE, why=why, most_requests=most)
 
 
 def _refine_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
@@ -283,16 +316,14 @@ def _refine_gain(points: Sequence[Point], settings: SearchSettings) -> Ask | Non
     candidate = candidate_of(points, settings)
     if candidate is None or candidate.gain is None:
         return None
-    bracket = bracket_of(points)
     curve = Curve.of(points)
-    off_ladder = sum(1 for point in points if point.concurrency not in settings.ladder)
-    if curve.is_settled(candidate.gain, settings.rules.resolution) or off_ladder >= MAX_GAIN_LEVELS:
+    settled = curve.is_settled(candidate.gain, settings.rules.resolution)
+    if settled or _off_ladder(points, settings) >= MAX_GAIN_LEVELS:
         return None
-    ceiling = bracket.high.concurrency if bracket.high is not None else settings.ladder[-1] + 1
     known = {point.concurrency for point in points}
     line = curve.likely_line(settings.rules.min_gain) or candidate.gain.line
     target = round(line * math.sqrt(2))
-    if target < ceiling and target not in known and not curve.near(target, settings.rules.resolution):
+    if target < _hard_line(points, settings) and target not in known and not curve.near(target, _NEAR_ABOVE):
         why = f"half an octave above {round(line)}, beyond which a doubling seems to gain too little"
         return Ask(LevelKind.BISECT, target, BRACKET_REQUESTS * target, Stance.EXPLORE, why=why)
     # Half an octave below lies nearly the recommended level, which is run in any case.
@@ -316,7 +347,7 @@ def _prove_high(points: Sequence[Point], settings: SearchSettings) -> Ask | None
 
 
 def _confirm(points: Sequence[Point], settings: SearchSettings) -> Ask | None:
-    """Ten requests a slot at the answer itself."""
+    """At the answer itself as many requests as it needs."""
     candidate = candidate_of(points, settings)
     if candidate is None:
         return None

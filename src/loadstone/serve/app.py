@@ -56,8 +56,8 @@ async def json_object(request: Request) -> dict[str, Any]:
 
 
 def service(routes: Sequence[BaseRoute], lifespan: Lifespan[Starlette]) -> Starlette:
-    """A Starlette application whose errors are OpenAI-shaped: 400 for a BadAskError, 500 for an EngineError, 422 for one
-    that names the input it came from."""
+    """A Starlette application whose errors are OpenAI-shaped: 400 for a BadAskError, 500 for an EngineError, but 422
+    for one that names the input it came from."""
     return Starlette(
         routes=routes,
         lifespan=lifespan,
