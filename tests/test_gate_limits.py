@@ -580,6 +580,7 @@ def test_an_open_gate_holds_nobody_back() -> None:
             await until(lambda: len(server.running) == 10)
             while server.running:
                 (await server.next()).answer()
-            assert {(await client.reply()).status for client in clients} == {200}
+            replies = [await client.reply() for client in clients]
+            assert {(reply.status, reply.headers["server"]) for reply in replies} == {(200, "loadstone-open")}
 
     run(main())
