@@ -89,7 +89,7 @@ def check_failed(service: Running, bad: Bad, neighbours: list[Good], read: Calla
     """What the model makes no number of fails by itself, however often it is asked; gives the message."""
     for _ in range(8):
         error = beside(service, bad, neighbours, read)
-        assert (error["type"], error["code"]) == ("server_error", "engine_error")
+        assert (error["type"], error["code"]) == ("invalid_request_error", "engine_error")
     assert [upstream["up"] for upstream in fetch(service.url, "/health").document["upstreams"]] == [True]
     message: str = error["message"]
     return message

@@ -194,9 +194,13 @@ def test_what_does_not_fit_is_said_with_the_remedy(room: Room, says: str, checkp
 
 
 def test_a_model_that_is_not_there_is_said_in_one_line(checkpoint: Path) -> None:
-    done = subprocess.run(command(checkpoint, 1, "--model", "/no/such"), capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "loadstone: --model /no/such cannot be loaded" in done.stderr.splitlines()[-1]
+    words = command(checkpoint, 1, "--model", "/no/such")
+    # Its input is held open: at its end a replica takes its parent for gone.
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert process.wait() == 1
+    assert "loadstone: --model /no/such cannot be loaded" in said.splitlines()[-1]
 
 
 def test_a_generation_thread_that_dies_takes_the_process_with_it(checkpoint: Path, tmp_path: Path) -> None:
@@ -205,10 +209,11 @@ def test_a_generation_thread_that_dies_takes_the_process_with_it(checkpoint: Pat
 import sys
 from loadstone.serve.chat import ChatService, run
 from loadstone.serve.engines.transformers_chat import Room, load_engine
+from loadstone.serve.parent import ParentWatch
 engine = load_engine({str(checkpoint)!r}, Room(), int8=False)
 def fail(*args): raise RuntimeError("CUDA out of memory")
 engine._manager.batch_processor._generation_step = fail
-run(ChatService(engine, "tiny", 1).app(), int(sys.argv[1]))
+run(ChatService(engine, "tiny", 1).app(), int(sys.argv[1]), ParentWatch())
 """
     port = free_port()
     with subprocess.Popen(
