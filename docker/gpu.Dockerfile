@@ -8,14 +8,14 @@ ENV SERVICE=$SERVICE \
     LOADSTONE_HOST=0.0.0.0 \
     LOADSTONE_VLLM_PYTHON=/usr/bin/python3 \
     HF_HOME=/models \
-    PATH=/opt/loadstone/bin:$PATH \
+    PATH=/app/env/bin:$PATH \
     PYTHONUNBUFFERED=1
 
 WORKDIR /app
 COPY requirements.lock requirements-models.lock ./
 # An environment of its own over vLLM's: its torch with CUDA is used, its other versions stay as it needs them.
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-RUN python3 -m venv --system-site-packages /opt/loadstone \
+RUN python3 -m venv --system-site-packages /app/env \
  && grep -v '^torch==' requirements-models.lock > models.lock \
  && python -m pip install --no-cache-dir --no-deps -r requirements.lock -r models.lock
 COPY pyproject.toml README.md LICENSE ./

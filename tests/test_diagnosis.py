@@ -182,7 +182,7 @@ MACHINE = [
         "NVRM: Xid",
     ),
     (
-        "/opt/venv/bin/python: Error while finding module specification for 'vllm.entrypoints.openai.api_server' "
+        "python: Error while finding module specification for 'vllm.entrypoints.openai.api_server' "
         "(ModuleNotFoundError: No module named 'vllm')",
         "vllm is not installed in that interpreter: pip install vllm, name an interpreter that has it (--vllm-python), "
         "or take --engine transformers",

@@ -13,31 +13,11 @@ from loadstone.core.limits import PerClient
 from loadstone.core.settings import EmbedGateSettings, LimitSettings, ServeSettings, ServiceGateSettings
 from loadstone.serve.commands import command, environment, in_force
 from loadstone.serve.planning import Kind, Machine
+from rerank_guide import ENVIRONMENT, FAST, PRODUCTION, SCARCE
 
 CPU = Machine(cores=(0, 1))
 GPU = Machine(cores=(0, 1, 2, 3), gpus=("0",), gpu_memory_bytes=24_000_000_000, vllm=True)
 EIGHT = Machine(cores=tuple(range(16)), gpus=tuple("01234567"), gpu_memory_bytes=80_000_000_000, vllm=True)
-
-PRODUCTION = (
-    "--workers 2 --max-num-seqs 1024 --max-num-batched-tokens 32768 --gpu-memory-utilization 0.9 "
-    "--max-workers 8 --model-size 4B"
-)
-SCARCE = (
-    "--workers 1 --max-num-seqs 256 --max-num-batched-tokens 8192 --gpu-memory-utilization 0.6 "
-    "--max-workers 2 --model-size 0.6B"
-)
-FAST = (
-    "--workers 4 --tensor-parallel-size 2 --max-num-seqs 2048 --max-num-batched-tokens 65536 "
-    "--gpu-memory-utilization 0.95 --max-workers 16 --model-size 8B"
-)
-ENVIRONMENT = {
-    "WORKERS": "2",
-    "MAX_NUM_SEQS": "1024",
-    "MAX_NUM_BATCHED_TOKENS": "32768",
-    "GPU_MEMORY_UTILIZATION": "0.9",
-    "MAX_WORKERS": "8",
-    "TENSOR_PARALLEL_SIZE": "1",
-}
 
 
 def planned(typed: str, machine: Machine, variables: Mapping[str, str] | None = None) -> ServicePlan:
@@ -92,10 +72,10 @@ def test_the_scenarios_of_the_chat_guide(variables: dict[str, str], concurrency:
 
 
 def test_the_guard_watches_over_an_engine_that_is_not_ours() -> None:
-    (line,) = lines(planned("chat --vllm-python /opt/vllm/bin/python --max-num-seqs 16 --max-model-len 4096", GPU))
+    (line,) = lines(planned("chat --vllm-python venv/bin/python --max-num-seqs 16 --max-model-len 4096", GPU))
     ours, _, theirs = line.partition(" -- ")
     assert ours == "-m loadstone.serve.guard"
-    assert theirs.startswith("/opt/vllm/bin/python -m vllm.entrypoints.openai.api_server --model Qwen/Qwen3-8B")
+    assert theirs.startswith("venv/bin/python -m vllm.entrypoints.openai.api_server --model Qwen/Qwen3-8B")
     assert flags(theirs).items() >= {"--port": "9999", "--max-num-seqs": "16", "--max-model-len": "4096"}.items()
 
 

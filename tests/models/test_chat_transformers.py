@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -158,14 +158,19 @@ def test_leaving_frees_the_place_and_the_cache_inside_the_manager(checkpoint: Pa
     scheduler = engine._manager.batch_processor.scheduler
     pool = scheduler.cache.pool
 
+    async def first_piece(generation: AsyncIterator[str], begun: asyncio.Event) -> str:
+        begun.set()
+        return await anext(generation)
+
     async def main() -> None:
         await engine.start()
         try:
             for _ in range(3):
                 generations = [engine.generate([1, 2, 3], 500, Sampling(), True) for _ in range(4)]
                 assert await anext(generations[0])
-                started = asyncio.create_task(anext(generations[3]))
-                await asyncio.sleep(0)
+                begun = asyncio.Event()
+                started = asyncio.create_task(first_piece(generations[3], begun))
+                await begun.wait()
                 started.cancel()
                 await asyncio.gather(started, return_exceptions=True)
                 for generation in generations:

@@ -3,7 +3,8 @@
 import asyncio
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from starlette.routing import BaseRoute
 from starlette.types import Lifespan
 
 from loadstone.core.engine import EngineError
+from loadstone.core.errors import LoadstoneError
 from loadstone.core.refusals import BadAskError, error_body
 from loadstone.serve.parent import ParentWatch
 
@@ -79,6 +81,15 @@ def _engine_failed(_request: Request, error: Exception) -> Response:
 def _http_error(_request: Request, error: Exception) -> Response:
     status, detail = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, str(error))
     return error_reply(status, detail, "bad_request" if status < 500 else "engine_error")
+
+
+def run_replica(serve: Callable[[ParentWatch], None]) -> None:
+    """Run a replica's process: a foreseeable error is one line, and its exit status."""
+    try:
+        serve(ParentWatch())
+    except LoadstoneError as error:
+        print(f"loadstone: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
 
 
 def run(app: Starlette, port: int, parent: ParentWatch) -> None:

@@ -17,11 +17,11 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from loadstone.core.engine import Engine, EngineError
+from loadstone.core.engine import Engine, EngineError, Item_contra
 from loadstone.core.refusals import BadAskError
 from loadstone.serve.batcher import Batcher, BatchFigures, BatchSettings, Entry
 
@@ -71,6 +71,27 @@ class _Submission(Generic[P, R]):
     def fail(self, error: Exception) -> None:
         if not self.future.done():
             self.future.set_exception(error)
+
+
+class Computer(Protocol[Item_contra, R]):
+    """What a service computes with: a ``Batching`` over an engine, or an engine that batches by itself."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def submit(self, items: Sequence[Item_contra]) -> list[Done[R]]:
+        """All results in order, or the first error; cancelling gives up what has not been computed."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether it computes what is submitted."""
+        ...
+
+    def figures(self) -> object:
+        """For /health, as msgspec can encode it."""
+        ...
 
 
 class _Part(Generic[P, R]):

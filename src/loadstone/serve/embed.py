@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loadstone.core.engine import Engine
-from loadstone.core.errors import LoadstoneError, UsageError
+from loadstone.core.errors import UsageError
 from loadstone.serve.addresses import parse_opened
-from loadstone.serve.app import run
+from loadstone.serve.app import run, run_replica
 from loadstone.serve.batching import Batching, BatchSettings
 from loadstone.serve.cache import LruCache, ResultCache, model_fingerprint
 from loadstone.serve.embed_asks import Item
@@ -160,12 +160,7 @@ def parse(words: Sequence[str]) -> tuple[EmbedSettings, int]:
 
 
 def main() -> None:
-    try:
-        settings, port = parse(sys.argv[1:])
-        serve(settings, port, ParentWatch())
-    except LoadstoneError as error:
-        print(f"loadstone: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+    run_replica(lambda parent: serve(*parse(sys.argv[1:]), parent))
 
 
 if __name__ == "__main__":

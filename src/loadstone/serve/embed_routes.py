@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from loadstone.core.refusals import BadAskError
 from loadstone.serve.app import error_reply, health_reply, json_object, json_reply, service
-from loadstone.serve.batching import Done
+from loadstone.serve.batching import Computer
 from loadstone.serve.cache import ResultCache, Scope
 from loadstone.serve.disconnect import while_connected
 from loadstone.serve.embed_asks import (
@@ -41,25 +41,7 @@ _MS = 1000.0
 _UPLOAD = "file"
 
 
-class Embedder(Protocol):
-    """What computes the vectors: a ``Batching`` over an engine."""
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    async def submit(self, items: Sequence[Item]) -> list[Done[Embedding]]:
-        """All embeddings in order, or the first error; cancelling gives up what has not been computed."""
-        ...
-
-    @property
-    def alive(self) -> bool:
-        """Whether it computes what is submitted."""
-        ...
-
-    def figures(self) -> object:
-        """For /health, as msgspec can encode it."""
-        ...
+Embedder = Computer[Item, Embedding]
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from loadstone.core.errors import LoadstoneError
 from loadstone.core.settings import ServeSettings
-from loadstone.serve.app import run
+from loadstone.serve.app import run, run_replica
 from loadstone.serve.batching import Batching, BatchSettings
 from loadstone.serve.child import free_port
 from loadstone.serve.engines.checkpoint import read_config, read_tokenizer
@@ -89,12 +88,7 @@ def parse(words: Sequence[str]) -> tuple[ServeSettings, int]:
 
 
 def main() -> None:
-    try:
-        settings, port = parse(sys.argv[1:])
-        serve(settings, port, ParentWatch())
-    except LoadstoneError as error:
-        print(f"loadstone: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+    run_replica(lambda parent: serve(*parse(sys.argv[1:]), parent))
 
 
 if __name__ == "__main__":

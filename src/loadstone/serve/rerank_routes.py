@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from loadstone.serve.app import error_reply, health_reply, json_object, json_reply, service
-from loadstone.serve.batching import Done
+from loadstone.serve.batching import Computer
 from loadstone.serve.disconnect import while_connected
 from loadstone.serve.pairs import Pair, Score
 from loadstone.serve.rerank_asks import MAX_DOCUMENTS, ScoreData, ranked, rerank_ask, score_ask
@@ -24,25 +24,7 @@ from loadstone.serve.rerank_asks import MAX_DOCUMENTS, ScoreData, ranked, rerank
 _MS = 1000.0
 
 
-class Scorer(Protocol):
-    """What computes the scores: a ``Batching`` over an engine, or an engine that batches by itself."""
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    async def submit(self, items: Sequence[Pair]) -> list[Done[Score]]:
-        """All scores in order, or the first error; cancelling gives up what has not been computed."""
-        ...
-
-    @property
-    def alive(self) -> bool:
-        """Whether it computes what is submitted."""
-        ...
-
-    def figures(self) -> object:
-        """For /health: what is waiting and what was done, as msgspec can encode it."""
-        ...
+Scorer = Computer[Pair, Score]
 
 
 @dataclass(frozen=True)
