@@ -4,12 +4,13 @@
 MODELS_ENV := .venv-models
 
 .PHONY: test-models
-test-models: $(MODELS_ENV)/ready
+test-models: $(COMPILED) $(MODELS_ENV)/ready
 	$(MODELS_ENV)/bin/python -m pytest tests/models
 
 $(MODELS_ENV)/ready: requirements.lock requirements-models.lock pyproject.toml tests/models/requirements.txt
 	python3 -m venv --clear $(MODELS_ENV)
 	$(MODELS_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		-r requirements.lock -r requirements-models.lock -r tests/models/requirements.txt
-	$(MODELS_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	LOADSTONE_PURE=1 $(MODELS_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --editable .
 	touch $@

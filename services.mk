@@ -4,12 +4,13 @@ SERVICES_ENV := .venv-services
 
 # Wants ab, curl, redis-server and wrk on PATH.
 .PHONY: test-services
-test-services: $(SERVICES_ENV)/ready
+test-services: $(COMPILED) $(SERVICES_ENV)/ready
 	$(SERVICES_ENV)/bin/python -m pytest tests/services
 
 $(SERVICES_ENV)/ready: requirements.lock pyproject.toml tests/services/requirements.txt
 	python3 -m venv --clear $(SERVICES_ENV)
 	$(SERVICES_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		-r requirements.lock -r tests/services/requirements.txt
-	$(SERVICES_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	LOADSTONE_PURE=1 $(SERVICES_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --editable .
 	touch $@

@@ -3,7 +3,7 @@
 VLLM_ENV := .venv-vllm
 
 .PHONY: test-vllm
-test-vllm: $(VLLM_ENV)/ready
+test-vllm: $(COMPILED) $(VLLM_ENV)/ready
 	.venv/bin/python -m pytest tests/vllm/against_*.py
 
 $(VLLM_ENV)/ready: tests/vllm/requirements.txt

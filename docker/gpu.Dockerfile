@@ -18,7 +18,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN python3 -m venv --system-site-packages /app/env \
  && grep -v '^torch==' requirements-models.lock > models.lock \
  && python -m pip install --no-cache-dir --no-deps -r requirements.lock -r models.lock
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY src src
 RUN python -m pip install --no-cache-dir --no-deps . \
  && useradd --create-home --uid 1000 loadstone \

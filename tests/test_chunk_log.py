@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadstone.core.target import ChunkLog
+from loadstone.core.chunk_log import ChunkLog
 
 chunks = st.lists(st.tuples(st.integers(0, 2**62), st.binary(min_size=1, max_size=6000)), max_size=40)
 

@@ -19,7 +19,8 @@ class LazyHeap(Generic[T]):
 
     def __init__(self) -> None:
         self._entries: list[tuple[Any, int, T]] = []
-        self._latest: dict[T, tuple[Any, int, T]] = {}
+        self._latest: dict[T, int] = {}
+        """Which put of an item is its latest."""
         self._puts = 0
 
     def __len__(self) -> int:
@@ -28,8 +29,8 @@ class LazyHeap(Generic[T]):
     def put(self, key: Any, item: T) -> None:
         """Add ``item``, or give it another key."""
         self._puts += 1
-        self._latest[item] = entry = (key, self._puts, item)
-        heapq.heappush(self._entries, entry)
+        self._latest[item] = self._puts
+        heapq.heappush(self._entries, (key, self._puts, item))
         self._sweep()
 
     def discard(self, item: T) -> None:
@@ -41,15 +42,16 @@ class LazyHeap(Generic[T]):
         """The item with the least key, left where it is."""
         entries, latest = self._entries, self._latest
         while entries:
-            entry = entries[0]
-            if latest.get(entry[2]) is entry:
-                return entry[2]
+            _, number, item = entries[0]
+            if latest.get(item) == number:
+                return item
             heapq.heappop(entries)
         return None
 
     def _sweep(self) -> None:
         if len(self._entries) > 2 * len(self._latest) + _SLACK:
-            self._entries = list(self._latest.values())
+            latest = self._latest
+            self._entries = [entry for entry in self._entries if latest.get(entry[2]) == entry[1]]
             heapq.heapify(self._entries)
 
     def __repr__(self) -> str:

@@ -238,7 +238,7 @@ class Placement:
         return max(self.up, key=lambda upstream: upstream.weight / -math.log(_uniform(upstream.key ^ affinity)))
 
     def _bearable(self, upstream: Upstream) -> bool:
-        mean = sum(it.in_flight for it in self.up) / sum(it.share for it in self.up)
+        mean = sum([it.in_flight for it in self.up]) / math.fsum([it.share for it in self.up])
         return upstream.in_flight <= _AFFINITY_LEEWAY * mean * upstream.share + 1
 
     def __repr__(self) -> str:

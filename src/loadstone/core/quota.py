@@ -19,7 +19,7 @@ that have been idle longest. Beyond ``most_clients`` the one that was served lon
 from collections import OrderedDict
 from collections.abc import Iterable
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -40,7 +40,7 @@ _MOST_CLIENTS = 250_000
 """Some 380 bytes each with one request on record."""
 
 
-class Window(msgspec.Struct, frozen=True):
+class Window(msgspec.Struct):
     """One quota: at most ``limit`` of ``what`` in any stretch of ``window_s``."""
 
     name: str
@@ -60,20 +60,20 @@ def windows_of(settings: QuotaSettings) -> tuple[Window, ...]:
     return tuple(Window(name, what, limit, window_s) for name, what, limit, window_s in bounds if limit is not None)
 
 
-class Reservation(msgspec.Struct, gc=False):
+class Reservation(msgspec.Struct):
     """One request and its tokens, taken from every window, to be settled or refunded."""
 
     client: str
     tokens: int
     at_ns: int
-    held: object = None
+    held: Any = None
     """What finds it again where it was taken; None once it is settled or refunded."""
 
     def __repr__(self) -> str:
         return f"<Reservation {self.client} {self.tokens} tokens, {'closed' if self.held is None else 'open'}>"
 
 
-class Exceeded(msgspec.Struct, frozen=True):
+class Exceeded(msgspec.Struct):
     """A refusal: nothing was taken."""
 
     window: str
@@ -86,7 +86,7 @@ class Exceeded(msgspec.Struct, frozen=True):
     """The request is dearer than the whole quota: no waiting helps, and ``retry_after_s`` is merely the window."""
 
 
-class Standing(msgspec.Struct, frozen=True, gc=False):
+class Standing(msgspec.Struct):
     """How a client stands in one window."""
 
     name: str
@@ -98,7 +98,7 @@ class Standing(msgspec.Struct, frozen=True, gc=False):
     window_s: int
 
 
-class Spare(msgspec.Struct, frozen=True, gc=False):
+class Spare(msgspec.Struct):
     """What a client has left, in as few figures as it is told in."""
 
     window: str

@@ -5,20 +5,21 @@ each of the two stretches, so that checking a quota is a comparison. Whoever rea
 once ``due_ns`` has come.
 """
 
-import msgspec
-
 SECOND_NS = 1_000_000_000
 MINUTE_NS = 60 * SECOND_NS
 
 
-class Entry(msgspec.Struct, weakref=False):
+class Entry:
     """What was taken at one instant."""
 
-    at_ns: int
-    requests: int
-    tokens: int
-    previous: "Entry | None" = None
-    next: "Entry | None" = None
+    __slots__ = ("at_ns", "next", "previous", "requests", "tokens")
+
+    def __init__(self, at_ns: int, requests: int, tokens: int, previous: "Entry | None") -> None:
+        self.at_ns = at_ns
+        self.requests = requests
+        self.tokens = tokens
+        self.previous = previous
+        self.next: Entry | None = None
 
     def __repr__(self) -> str:
         return f"<Entry at {self.at_ns} ns: {self.requests} requests, {self.tokens} tokens>"

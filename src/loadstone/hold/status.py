@@ -30,7 +30,7 @@ _KIND = attrgetter("outcome", "client", "upstream", "admitted")
 _TOKENS, _WAIT, _LATENCY, _TTFT = map(attrgetter, ("output_tokens", "wait_s", "latency_s", "ttft_s"))
 
 
-class Ended(msgspec.Struct, frozen=True, gc=False):
+class Ended(msgspec.Struct):
     """One request that has ended."""
 
     outcome: Outcome

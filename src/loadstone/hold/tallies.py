@@ -8,10 +8,13 @@ from loadstone.core.outcomes import FAILED, REFUSED, Outcome
 _MOST_CLIENTS = 1024
 
 
+_COUNTS = ("admitted", "failed", "ok", "output_tokens", "refused", "requests")
+
+
 class Tally:
     """Counts of ended requests."""
 
-    __slots__ = ("admitted", "failed", "ok", "output_tokens", "refused", "requests")
+    __slots__ = _COUNTS
 
     def __init__(self) -> None:
         self.requests = 0
@@ -56,7 +59,7 @@ class Tally:
 
 def _combined(one: Tally, other: Tally, sign: int) -> Tally:
     combined = Tally()
-    for name in Tally.__slots__:
+    for name in _COUNTS:
         setattr(combined, name, getattr(one, name) + sign * getattr(other, name))
     return combined
 
@@ -76,7 +79,7 @@ class Past:
         while self._marks and self._marks[0][0] < second - self._span_s:
             self._marks.popleft()
         self._marks.append((second, tally.copy()))
-        self.next_mark_s = second + 1
+        self.next_mark_s = second + 1.0
 
     def growth(self, tally: Tally, span_s: float, now_s: float) -> Tally:
         """By how much the tally has grown in the second under way and the ``span_s`` before it."""

@@ -48,7 +48,7 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-class Call(msgspec.Struct, gc=False):
+class Call(msgspec.Struct):
     """An exchange under way: its request's bytes, whom to tell, and since when."""
 
     exchange: Exchange

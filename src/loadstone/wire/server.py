@@ -9,6 +9,7 @@ connection closed. Such a refusal is final: bytes behind it are not looked at.
 import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import cast
 
 from loadstone.wire.hangups import HangupWatch
 from loadstone.wire.head_memo import HeadMemo
@@ -68,7 +69,9 @@ class HttpServer:
         """Listen; returns the port (a free one for 0). Raises OSError where the address cannot be had."""
         loop = asyncio.get_running_loop()
         self.draining = False
-        self._listener = await loop.create_server(lambda: ServerConnection(self, loop), host, port, backlog=4096)
+        self._listener = await loop.create_server(
+            lambda: cast(asyncio.Protocol, ServerConnection(self, loop)), host, port, backlog=4096
+        )
         bound: int = self._listener.sockets[0].getsockname()[1]
         return bound
 

@@ -33,8 +33,11 @@ _BODY_FLOOR_BPS = 64 * 1024
 _RESET = struct.pack("ii", 1, 0)
 
 
-class ServerConnection(asyncio.Protocol):
-    """The channel of its responses. A handler's exception closes it and goes to the loop's exception handler."""
+class ServerConnection:
+    """The channel of its responses. A handler's exception closes it and goes to the loop's exception handler.
+
+    An ``asyncio.Protocol`` by its methods: a compiled class has no such base.
+    """
 
     __slots__ = (
         "_advancing",
@@ -94,7 +97,7 @@ class ServerConnection(asyncio.Protocol):
 
     # -- asyncio.Protocol ---------------------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         peer = transport.get_extra_info("peername")
         self._reader.peer = peer[0] if isinstance(peer, tuple) else ""

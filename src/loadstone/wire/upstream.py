@@ -7,6 +7,7 @@ it stands in ``_calls`` from ``send`` to its end. Each call ends in exactly one 
 
 import asyncio
 import ssl
+from typing import cast
 
 from loadstone.core.errors import UnreachableError
 from loadstone.wire.dialer import Dialer
@@ -105,7 +106,8 @@ class UpstreamPool:
             return
         finally:  # from here on the task is not cancelled: uvloop would leave the socket open, and its number in use
             call.opening = None
-        _, connection = await self._loop.create_connection(lambda: Connection(self, sock, tls), sock=sock)
+        connection = Connection(self, sock, tls)
+        await self._loop.create_connection(lambda: cast(asyncio.Protocol, connection), sock=sock)
         if call not in self._calls:
             connection.close()
         elif not connection.send(call):

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import httptools
-import msgspec
 
 from loadstone.wire.causes import tls_failure
 from loadstone.wire.head_memo import HeadMemo
@@ -96,21 +95,24 @@ class Owner(Protocol):
         """The connection takes no more calls."""
 
 
-class UpstreamCall(msgspec.Struct, eq=False):
+class UpstreamCall:
     """One request under way: what ``UpstreamPool.send`` returns.
 
     Its methods may be called at any time, from within the sink's and after the end as well. The attributes are the
     pool's and the connection's.
     """
 
-    owner: Owner
-    data: bytes
-    """Kept only as long as it may have to be sent again."""
-    sink: Sink
-    head_only: bool
-    paused: bool = False
-    connection: "Connection | None" = None
-    opening: asyncio.Task[None] | None = None
+    __slots__ = ("connection", "data", "head_only", "opening", "owner", "paused", "sink")
+
+    def __init__(self, owner: Owner, data: bytes, sink: Sink, head_only: bool) -> None:
+        self.owner = owner
+        self.data = data
+        """Kept only as long as it may have to be sent again."""
+        self.sink = sink
+        self.head_only = head_only
+        self.paused = False
+        self.connection: Connection | None = None
+        self.opening: asyncio.Task[None] | None = None
 
     def cancel(self) -> None:
         """Close the connection at once, so that the engine stops; the sink hears nothing more."""
@@ -142,8 +144,8 @@ class UpstreamCall(msgspec.Struct, eq=False):
         return f"<UpstreamCall {self.owner.netloc} {state}{' paused' if self.paused else ''}>"
 
 
-class Connection(asyncio.Protocol):
-    """See the theory of operation above."""
+class Connection:
+    """See the theory of operation above. An ``asyncio.Protocol`` by its methods: a compiled class has no such base."""
 
     __slots__ = (
         "_barren_bytes",
@@ -184,7 +186,7 @@ class Connection(asyncio.Protocol):
 
     # -- writing
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._owner.opened(self)
 
@@ -272,6 +274,12 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         self._on_end(None)
+
+    def pause_writing(self) -> None:
+        """Nothing is held back for it: a request is in memory as a whole, and its size is bounded."""
+
+    def resume_writing(self) -> None:
+        """See ``pause_writing``."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.closed(self)

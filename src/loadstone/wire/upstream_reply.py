@@ -8,6 +8,7 @@ with a body. A callback stops the parser by raising; nothing that was parsed bef
 """
 
 import re
+from typing import Any
 
 import httptools
 import msgspec
@@ -33,7 +34,7 @@ class Head(msgspec.Struct):
     """In the order received, names in lower case, without content-length and what belongs to the connection."""
     length: int | None
     """Content-Length; None where the body is chunked or ends with the connection."""
-    notes: object = None
+    notes: Any = None
     """The reader's own, for what it makes of the head: kept as long as the head is."""
 
 
