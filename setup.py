@@ -15,7 +15,8 @@ COMPILED = {
     "core": "admission chunk_log drain fairness lazy_heap pacing placement quota quota_log waiting",
     "wire": "connection head_memo poller reply request_reader response server_connection stamps upstream"
     " upstream_connection upstream_reply",
-    "hold": "front latencies permits rate_headers relay signals status tallies",
+    "hold": "accounts front headers latencies permits rate_headers relay shaping signals status tallies"
+    " upstreams usage",
 }
 """Modules by package: what runs for every request or chunk. Records that JSON is decoded into stay out, because they
 are read from their annotations, and so do msgspec classes with options, which mypyc drops."""

@@ -44,6 +44,28 @@ def test_a_batch_keeps_its_bounds_and_takes_the_oldest(
     assert lengths_of(batcher.take(0)) == expected
 
 
+@pytest.mark.parametrize(
+    ("offered", "max_items", "max_tokens", "expected"),
+    [
+        ([5], 8, 100, [5]),
+        ([9, 3, 70], 8, 100, [3, 9, 70]),
+        ([300, 5], 8, 100, [300]),
+        ([5, 300, 6], 8, 100, [5]),
+        ([5, 7, 6], 2, 100, [5, 7]),
+        ([50, 10, 40, 1], 8, 100, [10, 40, 50]),
+    ],
+    ids=str,
+)
+def test_where_nothing_is_padded_as_many_go_as_fit_in_their_order(
+    offered: list[int], max_items: int, max_tokens: int, expected: list[int]
+) -> None:
+    batcher: Batcher[int] = Batcher(BatchSettings(max_items=max_items, max_tokens=max_tokens, pads=False))
+    for tokens in offered:
+        batcher.offer(0, tokens, 0)
+    assert lengths_of(batcher.take(0)) == expected
+    assert batcher.figures(0).padding_share == 0.0
+
+
 def test_equal_lengths_go_in_the_order_of_their_arrival() -> None:
     batcher: Batcher[int] = Batcher(BatchSettings(max_items=3))
     for payload in range(7):

@@ -17,9 +17,21 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, AutoProcessor, Siglip2ImageProcessorPil
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    BertConfig,
+    DistilBertConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    Qwen3Config,
+    Siglip2ImageProcessorPil,
+    XLMRobertaConfig,
+)
 
 from loadstone.core.engine import EngineError
 from loadstone.core.errors import UsageError
@@ -154,6 +166,46 @@ def test_a_default_prompt_goes_before_every_text(tmp_path: Path) -> None:
     found = vectors(SentenceEngine(str(tmp_path)), [TextItem(text, "text") for text in TEXTS[:4]])
     assert np.abs(found - direct.encode(list(TEXTS[:4]))).max() < 1e-5
     assert cosines(found, SentenceTransformer(MINILM).encode(list(TEXTS[:4]))).min() < 0.99
+
+
+SMALL = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+FAMILIES = {
+    "bert": (BertConfig(**SMALL, intermediate_size=64, max_position_embeddings=300), False),
+    "positions behind padding": (
+        XLMRobertaConfig(**SMALL, intermediate_size=64, max_position_embeddings=300, type_vocab_size=1),
+        False,
+    ),
+    "causal": (Qwen3Config(**SMALL, intermediate_size=64, num_key_value_heads=2, head_dim=8), False),
+    "distilled": (
+        DistilBertConfig(vocab_size=30522, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=300),
+        False,
+    ),
+    "biased by distance": (MPNetConfig(**SMALL, intermediate_size=64, max_position_embeddings=300), True),
+    "looks around in a window": (
+        ModernBertConfig(**SMALL, intermediate_size=64, local_attention=16, global_attn_every_n_layers=2),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "pads"), FAMILIES.values(), ids=FAMILIES)
+def test_nothing_is_padded_where_a_model_can_do_without(config: Any, pads: bool, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = AutoModel.from_config(config)
+    with torch.no_grad():
+        for weights in model.parameters():  # the usual ones are so small that texts hardly differ
+            weights.mul_(8 if weights.ndim > 1 else 1)
+    model.save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(MINILM).save_pretrained(tmp_path / "encoder")
+    transformer = Transformer(str(tmp_path / "encoder"), max_seq_length=256)
+    made = SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode="mean")], device="cpu")
+    made.save(str(tmp_path / "whole"))
+    engine = SentenceEngine(str(tmp_path / "whole"))
+    assert engine.pads is pads
+    found = vectors(engine, [TextItem(text, "text") for text in TEXTS])
+    expected = made.encode(list(TEXTS))
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert cosines(found[:1], found[1:]).max() < 0.999, "the texts differ"
 
 
 def test_a_model_that_tokenises_in_its_own_way(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def read_asked(head: RequestHead, keys: ApiKeys | None, admin_key: str, *, admin
     )
 
 
-class Account(msgspec.Struct, frozen=True, gc=False):
+class Account(msgspec.Struct):
     """Whose request it is."""
 
     client: str

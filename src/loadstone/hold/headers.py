@@ -89,7 +89,7 @@ def _of_all_hops(headers: list[Header]) -> list[Header]:
     return headers
 
 
-class UpstreamHead(msgspec.Struct, frozen=True):
+class UpstreamHead(msgspec.Struct):
     """The head of a request as an upstream gets it, but for what is the request's own."""
 
     start: bytes
@@ -158,7 +158,7 @@ def header_lines(headers: Iterable[Header]) -> bytes:
     return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
-class ReplyLines(msgspec.Struct, frozen=True):
+class ReplyLines(msgspec.Struct):
     """The headers of an upstream's reply as the client gets them, but for what is the request's own."""
 
     streams: bool

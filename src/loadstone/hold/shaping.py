@@ -6,12 +6,13 @@ The body is forwarded byte for byte where nothing was changed. Prompt tokens are
 
 import zlib
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
 from loadstone.core.limits import Limits
 from loadstone.core.refusals import BadAskError
+from loadstone.hold.bodies import ABSENT, Ask, decode_ask
 
 _BYTES_PER_TOKEN = 4
 _AFFINITY_BYTES = 1024
@@ -20,33 +21,14 @@ _DEFAULT_KEYS = {"/responses": "max_output_tokens", "/completion": "n_predict"}
 _JSON_ONLY = (*_GENERATES, "/embeddings", "/rerank", "/score", "/embed_text")
 _OUTPUT_KEYS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
 
-_ABSENT = msgspec.Raw()
 
-_Tokens = Annotated[int, msgspec.Meta(ge=0)]
-_Choices = Annotated[int, msgspec.Meta(ge=1, le=1024)]
-
-
-class _Ask(msgspec.Struct):
-    """The few keys that cost something; everything else is skipped by the parser."""
-
-    max_tokens: _Tokens | None = None
-    max_completion_tokens: _Tokens | None = None
-    max_output_tokens: _Tokens | None = None
-    n_predict: _Tokens | None = None
-    min_tokens: _Tokens | None = None
-    n: _Choices | None = None
-    best_of: _Choices | None = None
-    messages: msgspec.Raw = _ABSENT
-    prompt: msgspec.Raw = _ABSENT
-
-
-class Shaped(msgspec.Struct, frozen=True, gc=False):
+class Shaped(msgspec.Struct):
     """A request as it goes upstream."""
 
     body: bytes
     tokens: int
     """Prompt, estimated, and the most output that it may generate."""
-    prompt: msgspec.Raw = _ABSENT
+    prompt: msgspec.Raw = ABSENT
     """As JSON, where it has one."""
 
     @property
@@ -56,7 +38,7 @@ class Shaped(msgspec.Struct, frozen=True, gc=False):
         return zlib.crc32(prefix) if prefix else None
 
 
-class Kind(msgspec.Struct, frozen=True):
+class Kind(msgspec.Struct):
     """What a path and a content type say about the body behind them."""
 
     is_json: bool
@@ -65,9 +47,6 @@ class Kind(msgspec.Struct, frozen=True):
     """Where the most output is told if the request names none."""
     content_type: bytes | None
     """One that is wrong for JSON."""
-
-
-_decode = msgspec.json.Decoder(_Ask).decode
 
 
 def kind_of(path: str, content_type: bytes | None) -> Kind:
@@ -90,7 +69,7 @@ def shape_kind(kind: Kind, body: bytes, limits: Limits) -> Shaped:
         said = kind.content_type.decode("latin-1")
         raise BadAskError(f"Content-Type is {said!r}; send the JSON as application/json")
     try:
-        ask = _decode(body)
+        ask = decode_ask(body)
         if not kind.generates:
             return Shaped(body, _prompt_tokens(body))
         # What the parser skipped above may turn out to be no JSON when all of it is read.
@@ -110,7 +89,7 @@ def _wrong_value(message: str) -> BadAskError:
     return BadAskError(f"{key}: {what.replace('`', '')}", key)
 
 
-def _generation(kind: Kind, ask: _Ask, body: bytes, limits: Limits) -> Shaped:
+def _generation(kind: Kind, ask: Ask, body: bytes, limits: Limits) -> Shaped:
     asked = (ask.max_tokens, ask.max_completion_tokens, ask.max_output_tokens, ask.n_predict)
     highest = max([-1 if value is None else value for value in asked])
     most = limits.max_output_tokens
@@ -126,7 +105,7 @@ def _generation(kind: Kind, ask: _Ask, body: bytes, limits: Limits) -> Shaped:
             key: most for key, value in zip(_OUTPUT_KEYS, asked, strict=True) if value is not None and value > most
         }
     tokens = -(-len(body) // _BYTES_PER_TOKEN)
-    if ask.prompt is not _ABSENT or ask.n is not None or ask.best_of is not None:
+    if ask.prompt is not ABSENT or ask.n is not None or ask.best_of is not None:
         tokens += max(highest, 0) * _replies(ask)
     elif highest > 0:
         tokens += highest
@@ -134,15 +113,15 @@ def _generation(kind: Kind, ask: _Ask, body: bytes, limits: Limits) -> Shaped:
         if ask.min_tokens is not None and ask.min_tokens > highest:
             changes["min_tokens"] = highest
         body = msgspec.json.encode(msgspec.json.decode(body) | changes)
-    return Shaped(body, tokens, ask.prompt if ask.messages is _ABSENT else ask.messages)
+    return Shaped(body, tokens, ask.prompt if ask.messages is ABSENT else ask.messages)
 
 
-def _replies(ask: _Ask) -> int:
+def _replies(ask: Ask) -> int:
     """How many outputs are generated."""
     replies = ask.n or 1
     if ask.best_of is not None and ask.best_of > replies:
         replies = ask.best_of
-    if ask.prompt is _ABSENT:
+    if ask.prompt is ABSENT:
         return replies
     prompt = bytes(ask.prompt)
     return replies * _prompts(prompt) if prompt.startswith(b"[") else replies

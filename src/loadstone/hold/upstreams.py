@@ -10,6 +10,7 @@ import msgspec
 from loadstone.core.clock import Clock
 from loadstone.core.errors import UsageError
 from loadstone.hold.asking import Answer, NoAnswer, ask
+from loadstone.hold.bodies import decode_models
 from loadstone.hold.engine_watch import EngineWatch
 from loadstone.hold.headers import upstream_head
 from loadstone.hold.health import Health
@@ -22,17 +23,6 @@ from loadstone.wire.upstream import UpstreamCall, UpstreamPool
 PROBE_TIMEOUT_S = 2.0
 _LEAST_PAUSE_S = 0.05
 _HEALTH_PATH = "/health"
-
-
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
-
-
-_decode_models = msgspec.json.Decoder(_Models).decode
 
 
 @dataclass(frozen=True)
@@ -174,7 +164,7 @@ class UpstreamServer:
         if not isinstance(answer, Answer) or answer.status != 200:
             return []
         try:
-            return [model.id for model in _decode_models(answer.body).data]
+            return [model.id for model in decode_models(answer.body).data]
         except (msgspec.DecodeError, UnicodeDecodeError):
             return []
 

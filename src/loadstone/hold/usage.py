@@ -2,20 +2,9 @@
 
 import msgspec
 
+from loadstone.hold.bodies import Usage, decode_reply
+
 _MOST_KEPT_BYTES = 1024 * 1024
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int = 0
-
-
-class _Reply(msgspec.Struct):
-    usage: _Usage | None = None
-
-
-_decode = msgspec.json.Decoder(_Reply).decode
 
 
 class UsageReader:
@@ -65,22 +54,22 @@ def tokens_of(document: bytes) -> tuple[int | None, int]:
     return usage.total_tokens or usage.prompt_tokens + usage.completion_tokens, usage.completion_tokens
 
 
-def _figures(usage: _Usage | None, output_tokens: int) -> tuple[int | None, int]:
+def _figures(usage: Usage | None, output_tokens: int) -> tuple[int | None, int]:
     if usage is None:
         return None, output_tokens
     return usage.total_tokens or usage.prompt_tokens + usage.completion_tokens, usage.completion_tokens
 
 
-def _last_usage(stream: bytes) -> _Usage | None:
+def _last_usage(stream: bytes) -> Usage | None:
     if b'"usage"' not in stream:
         return None
     lines = (line[5:] for line in reversed(stream.splitlines()) if line.startswith(b"data:"))
     return next((usage for line in lines if b"usage" in line and (usage := _read(line)) is not None), None)
 
 
-def _read(document: bytes) -> _Usage | None:
+def _read(document: bytes) -> Usage | None:
     try:
-        return _decode(document).usage
+        return decode_reply(document).usage
     except (msgspec.DecodeError, UnicodeDecodeError):
         # Whatever the server means by it: its own count is not to be had, and the reply has gone out unread.
         return None

@@ -8,14 +8,14 @@ Theory of operation
 
 What a batch costs
     All rows are padded to the longest: ``longest x count`` padded tokens, at most ``max_tokens``; an item that is
-    longer than that goes alone. Besides, a batch has a fixed cost, whatever is in it, which is learnt from the batches
-    run (``RunTime``). Both decide below; until the fixed cost is known, batches are filled and nothing waits for
-    company.
+    longer than that goes alone. For an engine that pads nothing it is the sum of the tokens. Besides, a batch has a
+    fixed cost, whatever is in it, which is learnt from the batches run (``RunTime``). Both decide below; until the
+    fixed cost is known, batches are filled and nothing waits for company.
 
 What goes
     The item that has waited longest, always; so one that has k others before it goes within k + 1 batches. With it all
     the others, if they fit and their padding costs less than another batch would; else the neighbours in length that
-    make the most real tokens for the cost of the batch.
+    make the most real tokens for the cost of the batch. Where nothing is padded, as many as fit, in their order.
 
 When
     At once, unless more are likely to come so soon that fewer, fuller batches get more done (``Company``): then when
@@ -26,7 +26,7 @@ When
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Generic, TypeVar
@@ -49,6 +49,8 @@ class BatchSettings:
     max_items: int = 256
     max_tokens: int = 16384
     """Padded tokens of a batch: its longest item times their number."""
+    pads: bool = True
+    """The engine does."""
     max_wait_s: float = 0.01
     prepare_threads: int = 2
 
@@ -145,7 +147,8 @@ class Batcher(Generic[T]):
         self._queued -= len(batch)
         self._queued_tokens -= real_tokens
         self._started_ns = now_ns
-        self._running, self._running_tokens = len(batch), len(batch) * batch[-1].tokens
+        self._running = len(batch)
+        self._running_tokens = len(batch) * batch[-1].tokens if self._settings.pads else real_tokens
         self._batches += 1
         self._items += len(batch)
         self._real_tokens += real_tokens
@@ -176,6 +179,8 @@ class Batcher(Generic[T]):
         settings = self._settings
         oldest = self._waiting[0]
         alive = (it for it in self._waiting if not it.cancelled)
+        if not settings.pads:
+            return sorted(_prefix(alive, settings), key=_tokens_of)
         pool = sorted(islice(alive, _LOOK_AHEAD * settings.max_items), key=_tokens_of)
         if len(pool) == self._queued and self._fit_well(len(pool), pool[-1].tokens):
             return pool
@@ -197,6 +202,18 @@ class Batcher(Generic[T]):
 
 def _tokens_of(entry: Entry[T]) -> int:
     return entry.tokens
+
+
+def _prefix(entries: Iterable[Entry[T]], settings: BatchSettings) -> list[Entry[T]]:
+    """The first one, and as many of those behind it as fit."""
+    batch: list[Entry[T]] = []
+    tokens = 0
+    for entry in islice(entries, settings.max_items):
+        tokens += entry.tokens
+        if batch and tokens > settings.max_tokens:
+            break
+        batch.append(entry)
+    return batch
 
 
 def best_run(lengths: Sequence[int], always: int, settings: BatchSettings, fixed_tokens: float) -> tuple[int, int]:

@@ -64,6 +64,8 @@ class EmbedEngine(Engine[Item, Any, Embedding], Protocol):
     max_tokens: int | None
     """Longest text; None is no limit."""
     takes_images: bool
+    pads: bool
+    """Items of a batch are padded to its longest; else it costs no more than the tokens in it."""
 
 
 def serve(settings: EmbedSettings, port: int, parent: ParentWatch) -> None:
@@ -75,6 +77,7 @@ def serve(settings: EmbedSettings, port: int, parent: ParentWatch) -> None:
     batch = BatchSettings(
         max_items=settings.max_num_seqs,
         max_tokens=settings.max_num_batched_tokens,
+        pads=engine.pads,
         prepare_threads=settings.prepare_threads,
     )
     batching = Batching(engine, batch, time.monotonic_ns)

@@ -20,9 +20,13 @@ from loadstone.core.refusals import BadAskError
 from loadstone.serve.embed_asks import Item, TextItem
 from loadstone.serve.embed_vectors import Embedding, embeddings
 from loadstone.serve.engines.loading import loading, quantize, text_limit
+from loadstone.serve.engines.packed import packed
 from loadstone.serve.engines.text_tokens import TextTokens, TokenisedText, padded, too_many
 
-_SAMPLE = TextItem("the model is warm when it has read this", "")
+_WARM = "the model is warm when it has read this"
+_SAMPLE = TextItem(_WARM, "")
+_LONG_SAMPLE = 24
+"""So many times that text: more than the windows in which some models look around."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +50,27 @@ class SentenceEngine:
     def __init__(self, model: str, *, quantization: str = "none", max_model_len: int | None = None) -> None:
         with loading(model):
             self._model = SentenceTransformer(model).eval()
-        quantize(self._model, quantization)
         self.max_tokens = text_limit(model, _own_limit(self._model), max_model_len)
         if max_model_len is not None:
             self._model.max_seq_length = max_model_len
         plain = _is_plain(self._model[0])
         self._texts: _Texts = _Tokenised(self._model, self.max_tokens) if plain else _Whole(self._model)
+        self._modules = list(self._model)
+        if plain:
+            self._modules[0] = self._packed() or self._modules[0]
+        self.pads = self._modules[0] is self._model[0]
+        quantize(self._model, quantization)  # in place, and last: packing is judged by exact numbers
         warm = self.run([self.prepare(_SAMPLE)])[0]
         if isinstance(warm, EngineError):
             raise UsageError(f"--model {model} gives vectors with NaN in them: its weights are damaged")
         self.dim = warm.vector.size
+
+    def _packed(self) -> Any:
+        """In the place of the first module; None where texts have to be padded."""
+        lengths = [1, _LONG_SAMPLE, 1, _LONG_SAMPLE // 3]
+        texts = [self.prepare(TextItem(" ".join([_WARM] * length), "", truncate=True)) for length in lengths]
+        with torch.inference_mode():
+            return packed(self._model[0].model, self._model[0], [self._texts.features(texts)])
 
     def prepare(self, item: Item) -> Any:
         if not isinstance(item, TextItem):
@@ -72,7 +87,9 @@ class SentenceEngine:
             for name, value in self._texts.features(batch).items()
         }
         with torch.inference_mode():
-            vectors = self._model(features)["sentence_embedding"][:, : self._model.truncate_dim]
+            for module in self._modules:
+                features = module(features)
+            vectors = features["sentence_embedding"][:, : self._model.truncate_dim]
         return embeddings(vectors.float().cpu().numpy(), batch)
 
     def __repr__(self) -> str:

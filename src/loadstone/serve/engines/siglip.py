@@ -45,6 +45,7 @@ class SiglipEngine:
     """
 
     takes_images = True
+    pads = True
 
     def __init__(
         self, model: str, bounds: ImageBounds, *, quantization: str = "none", max_model_len: int | None = None
