@@ -44,8 +44,8 @@ bench: $(COMPILED)
 	$(VENV)/bin/python bench/search.py
 
 $(COMPILED): $(READY) setup.py $(shell find src -name '*.py')
+	find src -name '*.so' -delete
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace
-	find src -name 'loadstone__mypyc.*.so' -exec touch {} +
 	touch $@
 
 $(READY): requirements.lock pyproject.toml

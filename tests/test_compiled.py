@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution, Extension
 
 ROOT = Path(__file__).parent.parent
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
@@ -34,3 +35,17 @@ def test_without_a_compiler_the_package_is_pure(monkeypatch: pytest.MonkeyPatch)
 def test_it_can_be_had_pure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOADSTONE_PURE", "1")
     assert not SETUP["can_compile"]()
+
+
+def test_a_compiler_that_does_not_work_leaves_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CC", "false")
+    (tmp_path / "some.c").write_text("int some;")
+    built = Distribution({"ext_modules": [Extension("some", [str(tmp_path / "some.c")])]})
+    command = SETUP["CompileOrGoWithout"](built)
+    command.build_lib = command.build_temp = str(tmp_path)
+    command.ensure_finalized()
+    command.run()
+    assert built.ext_modules == []
+    assert "it will run as Python: Command '['false'" in capsys.readouterr().err
