@@ -33,7 +33,8 @@ class ChunkLog:
 
     def append(self, t_ns: int, data: bytes) -> None:
         """Record ``data`` as received at ``t_ns`` (monotonic nanoseconds)."""
-        self._recent += (t_ns, data)
+        self._recent.append(t_ns)
+        self._recent.append(data)
         self._recent_bytes += len(data)
         if self._recent_bytes >= _BLOCK_BYTES:
             self._pack()

@@ -217,7 +217,7 @@ class Front:
 
     def any_up_besides(self, tried: frozenset[str]) -> bool:
         """There is another upstream to try."""
-        others = (server.plan.url for server in self._upstreams.all() if server.plan.url not in tried)
+        others = [server.plan.url for server in self._upstreams.all() if server.plan.url not in tried]
         return any(self.permits.admission.is_up(url) for url in others)
 
     def wait_hint_s(self, outcome: Outcome) -> float:

@@ -149,7 +149,7 @@ def upstream_head(
 
 def header_pairs(lines: bytes) -> list[Header]:
     """Header lines taken apart again."""
-    pairs = (line.partition(b": ") for line in lines.split(b"\r\n") if line)
+    pairs = [line.partition(b": ") for line in lines.split(b"\r\n") if line]
     return [(name, value) for name, _, value in pairs]
 
 
@@ -181,9 +181,9 @@ def reply_lines(headers: list[Header]) -> ReplyLines:
     """From the upstream's headers, its hop-by-hop ones already removed."""
     kind = first(headers, b"content-type") or b""
     streams = kind.startswith(b"text/event-stream")
-    plain, with_rates = (
-        header_lines(header for header in headers if header[0] not in hidden) + _WHOLE
+    plain, with_rates = [
+        header_lines([header for header in headers if header[0] not in hidden]) + _WHOLE
         for hidden in (_NOT_RETURNED, _NOT_RETURNED_WITH_RATES)
-    )
+    ]
     says_when = first(headers, b"retry-after") is not None
     return ReplyLines(streams, says_when, plain, with_rates, _UNBUFFERED if streams else b"\r\n")

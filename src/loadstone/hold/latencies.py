@@ -48,7 +48,7 @@ class Latencies:
 
     def buckets(self) -> list[tuple[str, float]]:
         """(upper bound, how many were at most that), the last bound infinite: Prometheus' way."""
-        bounds = (*(str(bound) for bound in self._bounds_s), "+Inf")
+        bounds = (*map(str, self._bounds_s), "+Inf")
         return list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
 
     def __repr__(self) -> str:

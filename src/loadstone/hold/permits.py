@@ -39,7 +39,7 @@ class Permits:
         changed = self.admission.move(ticket, self._clock.now_ns(), avoid)
         if ticket.state is _QUEUED:
             self._wait(ticket, on_change)
-        self.tell(other for other in changed if other is not ticket)
+        self.tell([other for other in changed if other is not ticket])
 
     def release(self, ticket: Ticket, served_tokens: int | None = None) -> None:
         """The upstream's last byte has been read, or its connection closed. Further calls change nothing."""

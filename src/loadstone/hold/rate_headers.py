@@ -48,7 +48,7 @@ class RateLines:
         requests = [window for window in windows if window.what == "requests"]
         self._limits = {window.name: window.limit for window in requests}
         self._tokens = next((window.limit for window in windows if window.what == "tokens"), None)
-        self._policies = b", ".join(b'"%b";q=%d;w=%d' % (it.name.encode(), it.limit, it.window_s) for it in requests)
+        self._policies = b", ".join([b'"%b";q=%d;w=%d' % (it.name.encode(), it.limit, it.window_s) for it in requests])
         self._kept: dict[tuple[str, int, int], bytes] = {}
 
     def __repr__(self) -> str:

@@ -63,7 +63,7 @@ def _figures(usage: Usage | None, output_tokens: int) -> tuple[int | None, int]:
 def _last_usage(stream: bytes) -> Usage | None:
     if b'"usage"' not in stream:
         return None
-    lines = (line[5:] for line in reversed(stream.splitlines()) if line.startswith(b"data:"))
+    lines = [line[5:] for line in reversed(stream.splitlines()) if line.startswith(b"data:")]
     return next((usage for line in lines if b"usage" in line and (usage := _read(line)) is not None), None)
 
 

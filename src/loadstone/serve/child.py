@@ -9,6 +9,7 @@ parent alone: an engine that died first would look like a server that failed.
 
 import contextlib
 import http.client
+import random
 import socket
 import subprocess
 import time
@@ -19,6 +20,8 @@ from loadstone.core.errors import UnreachableError
 
 _POLL_S = 0.02
 _LOG_LINES = 5
+_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_PRIVILEGED, _PORTS, _TRIES = 1024, 10_000, 64
 
 
 @contextlib.contextmanager
@@ -57,8 +60,27 @@ def free_port() -> int:
 def free_ports(count: int) -> list[int]:
     """Different ports of the loopback that nobody listens on at this moment."""
     with contextlib.ExitStack() as held:
-        listeners = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        listeners = [held.enter_context(_listener()) for _ in range(count)]
         return [listener.getsockname()[1] for listener in listeners]
+
+
+def _listener() -> socket.socket:
+    """On a port below those of outgoing connections: one of these would take it while an engine loads for minutes."""
+    first = _first_outgoing_port()
+    below = range(first - _PORTS, first)
+    if below.start > _PRIVILEGED:
+        for port in random.sample(below, _TRIES):
+            with contextlib.suppress(OSError):
+                return socket.create_server(("127.0.0.1", port))
+    return socket.create_server(("127.0.0.1", 0))
+
+
+def _first_outgoing_port() -> int:
+    """0 where the system does not tell."""
+    try:
+        return int(_OUTGOING.read_text("ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _await_ready(name: str, process: subprocess.Popen[bytes], port: int, log_path: Path, timeout_s: float) -> None:

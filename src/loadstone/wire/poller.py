@@ -45,27 +45,34 @@ class EpollPoller:
         self._loop = loop
         self._may_rest = may_rest
         self._epoll = select.epoll()
-        self._readers: dict[int, Callable[[], object]] = {}
+        self._readers: list[Callable[[], object] | None] = []
+        """By descriptor."""
+        self._sockets = 0
         self._last_ns = time.monotonic_ns()
         self._gap_ns = 1_000_000_000
         loop.add_reader(self._epoll.fileno(), self._round)
 
     def __repr__(self) -> str:
-        return f"<EpollPoller {len(self._readers)} sockets, a read each {self._gap_ns / 1000:.0f} µs>"
+        return f"<EpollPoller {self._sockets} sockets, a read each {self._gap_ns / 1000:.0f} µs>"
 
     def add(self, fd: int, read: Callable[[], object]) -> None:
-        self._readers[fd] = read
+        readers = self._readers
+        readers += [None] * (fd + 1 - len(readers))
+        readers[fd] = read
+        self._sockets += 1
         self._epoll.register(fd, select.EPOLLIN)
 
     def remove(self, fd: int) -> None:
-        if self._readers.pop(fd, None) is not None:
+        if fd < len(self._readers) and self._readers[fd] is not None:
+            self._readers[fd] = None
+            self._sockets -= 1
             self._epoll.unregister(fd)
 
     def _round(self) -> None:
         self.prompt = False
         ready = self._epoll.poll(0, _ROUND)
         for fd, _ in ready:
-            read = self._readers.get(fd)
+            read = self._readers[fd]
             if read is not None:
                 read()
         self._count(len(ready))
@@ -79,7 +86,7 @@ class EpollPoller:
             self._last_ns = now_ns
 
     def close(self) -> None:
-        self._readers.clear()
+        self._readers = [None] * len(self._readers)  # a reader may have called this from within a round
         if not self._epoll.closed:
             self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()

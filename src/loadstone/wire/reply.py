@@ -17,16 +17,17 @@ class UnaskedError(Exception):
 
 
 class ReplyReader:
-    """Fills in status and headers of the current exchange; body bytes gather in ``parts``, the caller's to take.
+    """Fills in status and headers of the current exchange; body bytes gather until ``take``.
 
     Raises ``httptools.HttpParserError`` from ``feed`` where the bytes are not HTTP/1.1.
     """
 
-    __slots__ = ("_exchange", "_framed", "_headers", "_parser", "complete", "feed", "on_body", "parts", "reusable")
+    __slots__ = ("_exchange", "_first", "_framed", "_headers", "_parser", "_rest", "complete", "feed", "reusable")
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.on_body = self.parts.append
+        self._first = b""
+        self._rest: list[bytes] | None = None
+        """Of the body: a read seldom brings more than one piece."""
         self._exchange: Exchange | None = None
         self._headers: dict[bytes, bytes] = {}
         self._framed = False
@@ -46,6 +47,21 @@ class ReplyReader:
     def ends_with_connection(self) -> bool:
         """The head is there and gives no length: the end of the connection is the end of the body."""
         return not self.complete and not self._framed and self._exchange is not None and self._exchange.status != 0
+
+    def take(self) -> bytes:
+        """The bytes of the body since the last call."""
+        body, self._first = self._first, b""
+        if self._rest is not None:
+            body, self._rest = b"".join((body, *self._rest)), None
+        return body
+
+    def on_body(self, data: bytes) -> None:
+        if not self._first:
+            self._first = data
+        elif self._rest is None:
+            self._rest = [data]
+        else:
+            self._rest.append(data)
 
     def on_message_begin(self) -> None:
         if self.complete:

@@ -10,7 +10,7 @@ For CPUs, which compute as much for padding as for a word. A GPU is faster with 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -29,13 +29,15 @@ Features = dict[str, Any]
 Encode = Callable[[Features], Features]
 
 
-def packed(encoder: Any, padded: Encode, samples: Sequence[Features]) -> Encode | None:
+def packed(encoder: Any, padded: Encode, sample: Features) -> Encode | None:
     """What does as ``padded``, the module around ``encoder`` (of transformers), but without padding; None where it
-    cannot. ``samples`` are the features of texts of very different lengths, as ``padded`` takes them."""
-    if encoder.device.type != "cpu" or encoder.dtype != torch.float32:  # coarser numbers would not tell
+    cannot. ``sample`` has the features of a few texts of very different lengths, as ``padded`` takes them."""
+    own_attention = getattr(encoder.config, "_attn_implementation", None)
+    # Coarser numbers than float32 would not tell.
+    if own_attention is None or encoder.device.type != "cpu" or encoder.dtype != torch.float32:
         return None
-    expected = [padded(dict(features))["token_embeddings"] for features in samples]
-    own_attention = encoder.config._attn_implementation
+    mask = sample["attention_mask"].bool()
+    expected = padded(dict(sample))["token_embeddings"][mask]
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, flash_attention_mask)
     # RoBERTa's positions begin behind that of its padding.
@@ -44,8 +46,8 @@ def packed(encoder: Any, padded: Encode, samples: Sequence[Features]) -> Encode 
         encoder.set_attn_implementation(_NAME)
         for start in starts:
             encode = _Packed(encoder, start)
-            found = [encode(dict(features))["token_embeddings"] for features in samples]
-            if all(map(_alike, expected, found, samples)):
+            off = (encode(sample)["token_embeddings"][mask] - expected).abs().max()
+            if off <= _TOLERANCE * expected.abs().max():
                 return encode
     except Exception as error:  # whatever stops a model from this: its texts are padded
         logging.getLogger(__name__).info("texts are padded: %s", error)
@@ -78,12 +80,6 @@ class _Packed:
         rows = hidden.new_zeros(*mask.shape, hidden.shape[-1])
         rows[mask] = hidden
         return {**features, "token_embeddings": rows}
-
-
-def _alike(expected: Tensor, found: Tensor, features: Features) -> bool:
-    mask = features["attention_mask"].bool()
-    off = (expected[mask] - found[mask]).abs().max()
-    return bool(off <= _TOLERANCE * expected[mask].abs().max())
 
 
 def _attention(

@@ -70,7 +70,7 @@ class SentenceEngine:
         lengths = [1, _LONG_SAMPLE, 1, _LONG_SAMPLE // 3]
         texts = [self.prepare(TextItem(" ".join([_WARM] * length), "", truncate=True)) for length in lengths]
         with torch.inference_mode():
-            return packed(self._model[0].model, self._model[0], [self._texts.features(texts)])
+            return packed(self._model[0].model, self._model[0], self._texts.features(texts))
 
     def prepare(self, item: Item) -> Any:
         if not isinstance(item, TextItem):
