@@ -50,6 +50,7 @@ $(COMPILED): $(READY) setup.py $(shell find src -name '*.py')
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
+	find src -name '*.so' -delete
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	LOADSTONE_PURE=1 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation --editable .
