@@ -138,7 +138,7 @@ async def fail(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def lost(scope: Scope, receive: Receive, send: Send) -> None:
-    work = asyncio.ensure_future(asyncio.sleep(1))
+    work = asyncio.get_running_loop().create_future()
     work.cancel()
     await work
 
@@ -167,4 +167,4 @@ async def stream(scope: Scope, receive: Receive, send: Send) -> None:
 async def document(scope: Scope, receive: Receive, send: Send) -> None:
     await start(send)
     await send({"type": "http.response.body", "body": b"half", "more_body": True})
-    await asyncio.sleep(60)
+    await asyncio.Event().wait()
