@@ -1,6 +1,7 @@
 """Timers never fire early; stamps are on the monotonic clock; the poller reads everything."""
 
 import asyncio
+import contextlib
 import resource
 import socket
 import sys
@@ -14,7 +15,7 @@ import uvloop
 from loadstone.wire import process
 from loadstone.wire.clock import LoopAlarm, MonotonicClock, TimerfdAlarm
 from loadstone.wire.poller import EpollPoller, LoopPoller
-from loadstone.wire.stamps import Receiver, clock_offset_ns
+from loadstone.wire.stamps import READ_BYTES, Receiver, clock_offset_ns
 from wire_servers import turns_until
 
 Runner = Callable[[Coroutine[Any, Any, None]], None]
@@ -137,6 +138,24 @@ def test_a_stamp_from_the_future_gives_the_stamps_up() -> None:
     receiver.close()
 
 
+class Bytes:
+    """Counts what one end of a pair of sockets receives; raises in the middle of it."""
+
+    def __init__(self, near: socket.socket, fail_at: int) -> None:
+        self.near = near
+        self.received = 0
+        self.ends = 0
+        self._fail_at = fail_at
+
+    def read(self) -> int:
+        size = len(self.near.recv(READ_BYTES))
+        before, self.received = self.received, self.received + size
+        self.ends += size == 0
+        if before < self._fail_at <= self.received:
+            raise ValueError("in the middle")
+        return size
+
+
 @every_loop
 @pytest.mark.parametrize("make", POLLERS.values(), ids=POLLERS.keys())
 def test_the_poller_reads_what_waits_and_survives_errors(
@@ -148,33 +167,46 @@ def test_the_poller_reads_what_waits_and_survives_errors(
         loop.set_exception_handler(lambda _, context: errors.append(context["exception"]))
         poller = make(loop)
         pairs = [socket.socketpair() for _ in range(20)]
-        received = [0] * len(pairs)
-
-        def reader(index: int) -> Callable[[], None]:
-            def read() -> None:
-                received[index] += len(pairs[index][0].recv(10))
-                if received[index] == 20:
-                    raise ValueError("in the middle")
-
-            return read
-
-        for index, (near, far) in enumerate(pairs):
+        readers = [Bytes(near, fail_at=1 + turn % 2 * READ_BYTES) for turn, (near, _) in enumerate(pairs)]
+        size = READ_BYTES + 10
+        for reader, (near, far) in zip(readers, pairs, strict=True):
             near.setblocking(False)
-            poller.add(near.fileno(), reader(index))
-            far.send(b"x" * 100)
-        await turns_until(lambda: sum(received) == 100 * len(pairs))
+            assert far.send(b"x" * size) == size, "more than one read, before there is an edge"
+            poller.add(near.fileno(), reader)
+        await turns_until(lambda: [reader.received for reader in readers] == [size] * len(pairs))
         assert len(errors) == len(pairs)
+        for _, far in pairs:
+            far.send(b"last")
+            far.shutdown(socket.SHUT_WR)
+        await turns_until(lambda: all(reader.ends for reader in readers))
+        assert [reader.received for reader in readers] == [size + 4] * len(pairs)
         for near, far in pairs:
             poller.remove(near.fileno())
             poller.remove(near.fileno())
-            far.send(b"x")
-        for _ in range(3):
-            await asyncio.sleep(0)
-        assert sum(received) == 100 * len(pairs)
-        poller.close()
-        for near, far in pairs:
             near.close()
             far.close()
+        poller.close()
+
+    runner(main())
+
+
+@every_loop
+@pytest.mark.parametrize("make", POLLERS.values(), ids=POLLERS.keys())
+def test_the_poller_leaves_alone_what_was_removed(
+    runner: Runner, make: Callable[[asyncio.AbstractEventLoop], EpollPoller | LoopPoller]
+) -> None:
+    async def main() -> None:
+        poller = make(asyncio.get_running_loop())
+        with contextlib.ExitStack() as sockets:
+            near, far = (sockets.enter_context(end) for end in socket.socketpair())
+            reader = Bytes(near, fail_at=0)
+            poller.add(near.fileno(), reader)
+            poller.remove(near.fileno())
+            far.send(b"x")
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert reader.received == 0
+            poller.close()
 
     runner(main())
 

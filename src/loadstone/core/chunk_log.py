@@ -8,7 +8,7 @@ import zstandard
 
 _BLOCK_BYTES = 16_384
 _WORTH_PACKING_BYTES = 1_024
-_COMPRESS = zstandard.ZstdCompressor(level=1)
+_COMPRESS = zstandard.ZstdCompressor(level=-2)
 _DECOMPRESS = zstandard.ZstdDecompressor()
 
 

@@ -29,7 +29,7 @@ from loadstone.core.target import Break, Exchange
 from loadstone.wire.causes import OURS, UNREAD, how_it_ended, tls_failure, why_no_connection
 from loadstone.wire.origin import Address, Origin
 from loadstone.wire.poller import Poller
-from loadstone.wire.reply import ReplyReader
+from loadstone.wire.reply import ReplyReader, lone_chunk
 from loadstone.wire.stamps import Receiver
 from loadstone.wire.tls import TlsLayer
 
@@ -87,6 +87,7 @@ class Connection:
     """See the theory of operation above."""
 
     __slots__ = (
+        "_between_chunks",
         "_call",
         "_lag_ns",
         "_log",
@@ -108,9 +109,10 @@ class Connection:
         self._reply = ReplyReader()
         self._tls: TlsLayer | None = None
         self._call: Call | None = None
-        # Of the call's exchange: with a thousand streams, each object that a chunk touches is one more cache miss.
+        # Of the call's exchange and its reply: see _take.
         self._log = _NO_LOG
         self._lag_ns = 0
+        self._between_chunks = False
         self._unsent = b""
         self._tries = iter(tuple(wire.addresses))
         self._reused = False
@@ -174,11 +176,11 @@ class Connection:
             wire.addresses.insert(0, (family, address))
         if wire.tls is None:
             self._ready()
-            wire.poller.add(sock.fileno(), self._read)
+            wire.poller.add(sock.fileno(), self)
         else:
             self.state = State.HANDSHAKE
             self._tls = TlsLayer(wire.tls, wire.origin.host)
-            wire.poller.add(sock.fileno(), self._read)
+            wire.poller.add(sock.fileno(), self)
             self._shake_hands(b"")
 
     def _shake_hands(self, received: bytes | memoryview) -> bool:
@@ -250,7 +252,7 @@ class Connection:
 
     # -- reading
 
-    def _read(self) -> int:
+    def read(self) -> int:
         """Read once; the bytes read, 0 where nothing waits or the connection has ended."""
         receiver = self._wire.receiver
         assert self._sock is not None
@@ -264,11 +266,10 @@ class Connection:
         if size == 0:
             self._on_end(None)
             return 0
-        data: bytes | memoryview = receiver.view[:size]
         if self._tls is None:
-            self._take(data, receiver.stamp_ns, receiver.lag_ns)
+            self._take(receiver.buffer, receiver.view, size, receiver.stamp_ns, receiver.lag_ns)
         else:
-            self._take_ciphertext(self._tls, data, receiver.stamp_ns, receiver.lag_ns)
+            self._take_ciphertext(self._tls, receiver.view[:size], receiver.stamp_ns, receiver.lag_ns)
         return size
 
     def _take_ciphertext(self, tls: TlsLayer, data: bytes | memoryview, stamp_ns: int, lag_ns: int) -> None:
@@ -283,18 +284,27 @@ class Connection:
             return
         self._write(tls.pending())
         if plain:
-            self._take(plain, stamp_ns, lag_ns)
+            self._take(plain, memoryview(plain), len(plain), stamp_ns, lag_ns)
         if tls.ended and self.state is State.READY:
             self._on_end(None)
 
-    def _take(self, data: bytes | memoryview, stamp_ns: int, lag_ns: int) -> None:
-        call, reply = self._call, self._reply
-        if call is None:  # a server that speaks unasked (408, then close) ends the connection
+    def _take(self, buffer: bytes | bytearray, view: memoryview, size: int, stamp_ns: int, lag_ns: int) -> None:
+        """The first ``size`` bytes of ``buffer``, whose ``view`` is given so that it need not be made for each read."""
+        # What a chunk touches is kept to the least: with a thousand streams each further object is a cache miss.
+        if self._call is None:  # a server that speaks unasked (408, then close) ends the connection
             self._abandon()
             return
         self._silent = False
         if lag_ns > self._lag_ns:
             self._lag_ns = lag_ns
+        body = lone_chunk(buffer, view, size) if self._between_chunks else b""
+        if body:
+            self._log.append(stamp_ns, body)
+        else:
+            self._parse(self._call, view[:size], stamp_ns)
+
+    def _parse(self, call: Call, data: memoryview, stamp_ns: int) -> None:
+        reply = self._reply
         malformed = ""
         try:
             reply.feed(data)
@@ -302,6 +312,7 @@ class Connection:
             malformed = "switched protocols unasked"
         except httptools.HttpParserError as error:
             malformed = str(error)
+        self._between_chunks = reply.between_chunks
         body = reply.take()
         if body:
             self._log.append(stamp_ns, body)
@@ -354,7 +365,7 @@ class Connection:
         time-out, unless so much had waited unread that the server may have been held back by us.
         """
         call, waited = self._call, 0
-        while self.state is State.READY and self._call is call and (size := self._read()):
+        while self.state is State.READY and self._call is call and (size := self.read()):
             waited += size
         if self._call is not call:
             return

@@ -15,7 +15,9 @@ from collections.abc import Callable
 _SO_TIMESTAMPNS = 35
 _TIMESPEC = struct.Struct("qq")
 _ANCILLARY_BYTES = 64
-_READ_BYTES = 65_536
+READ_BYTES = 65_536
+"""The most that one read brings."""
+
 _MAX_MOVE_NS = 1_000_000
 _SWITCH_ON_S = 0.1
 _SWITCH_ON_STEP_S = 0.001
@@ -36,13 +38,15 @@ def clock_offset_ns(rounds: int = 21) -> int:
 class Receiver:
     """Reads sockets into one shared buffer and says when the bytes came.
 
-    After ``receive`` the bytes are ``view[:size]``, ``stamp_ns`` is their arrival and ``lag_ns`` how long they waited.
+    After ``receive`` the bytes are the first ``size`` of ``buffer`` and of its ``view``, ``stamp_ns`` is their arrival
+    and ``lag_ns`` how long they waited.
     """
 
-    __slots__ = ("_buffers", "_offset_ns", "_stamped_pair", "kernel_stamps", "lag_ns", "stamp_ns", "view")
+    __slots__ = ("_buffers", "_offset_ns", "_stamped_pair", "buffer", "kernel_stamps", "lag_ns", "stamp_ns", "view")
 
     def __init__(self, offset_ns: Callable[[], int] = clock_offset_ns) -> None:
-        self.view = memoryview(bytearray(_READ_BYTES))
+        self.buffer = bytearray(READ_BYTES)
+        self.view = memoryview(self.buffer)
         self._buffers = [self.view]
         self._stamped_pair = _open_stamped_pair()
         self.kernel_stamps = self._stamped_pair is not None
