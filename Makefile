@@ -31,7 +31,7 @@ test-pure: $(READY)
 	cp -r src/loadstone build/pure
 	find build/pure -name '*.so' -delete
 	PYTHONPATH=build/pure $(VENV)/bin/python -m pytest tests/test_ad*.py tests/test_*quota*.py tests/test_gate_*.py \
-		tests/test_server_*.py tests/test_upstream*.py tests/test_wire_*.py tests/test_chunk_log.py tests/test_head_memo.py
+		tests/test_server_*.py tests/test_upstream*.py tests/test_wire_*.py tests/test_chunk*.py tests/test_head_memo.py
 
 # The report page in headless Chromium, which must be installed.
 test-browser: $(COMPILED)

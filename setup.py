@@ -15,11 +15,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, LinkError
 
 COMPILED = {
-    "core": "admission chunk_log drain fairness lazy_heap pacing placement quota quota_log waiting",
-    "wire": "connection head_memo poller reply request_reader response server_connection stamps upstream"
-    " upstream_connection upstream_reply",
-    "hold": "accounts front headers latencies permits rate_headers relay shaping signals status tallies"
-    " upstreams usage",
+    "core": "admission chunk_log drain fairness lazy_heap pacing placement quota quota_log tickets waiting",
+    "wire": "connection head_memo poller reply request_head request_reader response server server_connection stamps"
+    " upstream upstream_connection upstream_reply",
+    "hold": "accounts endings front gate headers health latencies pages permits rate_headers relay shaping signals"
+    " status tallies upstreams usage",
 }
 """Modules by package: what runs for every request or chunk. Records that JSON is decoded into stay out, because they
 are read from their annotations, and so do msgspec classes with options, which mypyc drops."""

@@ -87,7 +87,7 @@ class Asked:
     @property
     def connected(self) -> bool:
         """As the kernel knows it, which hears of a hang-up before the loop does."""
-        transport = cast(ServerConnection, self.response._channel)._transport
+        transport = cast(ServerConnection, self.response._connection)._transport
         if transport is None:
             return False
         own: socket.socket = transport.get_extra_info("socket")
@@ -110,7 +110,7 @@ class Asked:
 
     def raw(self, data: bytes) -> None:
         """Bytes of a reply, just as they are."""
-        self.response._channel.send(data)
+        self.response._connection.send(data)
 
     def hang_up(self) -> None:
         """Close in good order, however incomplete the reply is."""
@@ -121,7 +121,7 @@ class Asked:
         """Die: the connection breaks."""
         self._over()
         self.response.on_disconnect = None
-        self.response._channel.cut(reset=True)
+        self.response._connection.cut(reset=True)
 
     def _over(self) -> None:
         self._server.running.discard(self)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from msgspec import structs
 
 from loadstone.core.admission import Admission, AdmissionSettings, Refusal, State, Ticket, Want
+from plain import but
 
 NAMES = ("u", "v", "w")
 MANY = 1 << 60
@@ -253,7 +253,7 @@ class Model(RuleBasedStateMachine):
             self.offer(data.draw(WANTS))
 
     def offer(self, want: Want) -> None:
-        want = structs.replace(want, deadline_ns=self.now_ns + want.deadline_ns)
+        want = but(want, deadline_ns=self.now_ns + want.deadline_ns)
         entry = Entry(self.real.offer(want, self.now_ns), want, 0, want.tokens)
         queue = self.waiting(False)
         self.entries.append(entry)

@@ -122,7 +122,7 @@ def test_a_quantile_lies_between_its_neighbours(values: list[float], share: floa
 def test_recent_latencies_stay_few() -> None:
     latencies = Latencies((1.0, 2.0))
     for i in range(10_000):
-        latencies.add([0.001 * i], [float(i % 3) + 0.5])
+        latencies.add(0.001 * i, float(i % 3) + 0.5)
     assert latencies.summary(10.0)["n"] == 2048
     assert latencies.buckets() == [("1.0", 3334.0), ("2.0", 6667.0), ("+Inf", 10_000.0)]
     assert repr(latencies) == "<Latencies 10000 in all, 2048 kept>"

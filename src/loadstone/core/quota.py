@@ -60,14 +60,23 @@ def windows_of(settings: QuotaSettings) -> tuple[Window, ...]:
     return tuple(Window(name, what, limit, window_s) for name, what, limit, window_s in bounds if limit is not None)
 
 
-class Reservation(msgspec.Struct):
+class Reservation:
     """One request and its tokens, taken from every window, to be settled or refunded."""
 
-    client: str
-    tokens: int
-    at_ns: int
-    held: Any = None
-    """What finds it again where it was taken; None once it is settled or refunded."""
+    __slots__ = ("at_ns", "client", "held", "tokens")
+
+    def __init__(
+        self,
+        client: str,
+        tokens: int,
+        at_ns: int,
+        held: Any = None,
+    ) -> None:
+        self.client = client
+        self.tokens = tokens
+        self.at_ns = at_ns
+        self.held = held
+        """What finds it again where it was taken; None once it is settled or refunded."""
 
     def __repr__(self) -> str:
         return f"<Reservation {self.client} {self.tokens} tokens, {'closed' if self.held is None else 'open'}>"

@@ -3,8 +3,6 @@
 import enum
 from collections import OrderedDict
 
-import msgspec
-
 from loadstone.core.placement import Upstream
 
 
@@ -33,20 +31,34 @@ class State(enum.Enum):
     ENDED = "ended"
 
 
-class Want(msgspec.Struct, frozen=True, gc=False):
+_QUEUED = State.QUEUED
+
+
+class Want:
     """What a request asks for."""
 
-    client: str
-    deadline_ns: int
-    """Monotonic: when the whole request must have ended."""
-    tokens: int = 0
-    """Prompt and max output together."""
-    priority: int = 0
-    """Higher goes first."""
-    affinity: int | None = None
-    """Hash of the prompt's prefix; equal ones prefer one upstream."""
-    unlimited: bool = False
-    """Granted at once wherever anything is up, and against no limit: for a measuring client."""
+    __slots__ = ("affinity", "client", "deadline_ns", "priority", "tokens", "unlimited")
+
+    def __init__(
+        self,
+        client: str,
+        deadline_ns: int,
+        tokens: int = 0,
+        priority: int = 0,
+        affinity: int | None = None,
+        unlimited: bool = False,
+    ) -> None:
+        self.client = client
+        self.deadline_ns = deadline_ns
+        """Monotonic: when the whole request must have ended."""
+        self.tokens = tokens
+        """Prompt and max output together."""
+        self.priority = priority
+        """Higher goes first."""
+        self.affinity = affinity
+        """Hash of the prompt's prefix; equal ones prefer one upstream."""
+        self.unlimited = unlimited
+        """Granted at once wherever anything is up, and against no limit: for a measuring client."""
 
 
 class Share:
@@ -65,28 +77,44 @@ class Share:
         return f"<Share of {self.client}: {self.counter}, {self.running} running, {len(self.waiting or ())} waiting>"
 
 
-class Ticket(msgspec.Struct, eq=False, gc=False):
+class Ticket:
     """One request; compared by identity. Read it; only ``Admission`` changes it."""
 
-    want: Want
-    offered_ns: int
-    tokens: int
-    """What it takes of the budget while GRANTED."""
-    state: State = State.QUEUED
-    refusal: Refusal | None = None
-    """Why, while REFUSED."""
-    granted_ns: int | None = None
-    """When it was last granted."""
-    place: Upstream | None = None
-    share: Share | None = None
-    """Set once it has been charged for."""
-    charge: int = 0
-    queued_ns: int = 0
-    """Since when it waits; anew after a move."""
-    number: int = 0
-    """Its order in the queue."""
-    avoid: frozenset[str] | None = None
-    """While it waits after a move: where it may not go."""
+    __slots__ = (
+        "avoid",
+        "charge",
+        "granted_ns",
+        "number",
+        "offered_ns",
+        "place",
+        "queued_ns",
+        "refusal",
+        "share",
+        "state",
+        "tokens",
+        "want",
+    )
+
+    def __init__(self, want: Want, offered_ns: int, tokens: int) -> None:
+        self.want = want
+        self.offered_ns = offered_ns
+        self.tokens = tokens
+        """What it takes of the budget while GRANTED."""
+        self.state = _QUEUED
+        self.refusal: Refusal | None = None
+        """Why, while REFUSED."""
+        self.granted_ns: int | None = None
+        """When it was last granted."""
+        self.place: Upstream | None = None
+        self.share: Share | None = None
+        """Set once it has been charged for."""
+        self.charge = 0
+        self.queued_ns = 0
+        """Since when it waits; anew after a move."""
+        self.number = 0
+        """Its order in the queue."""
+        self.avoid: frozenset[str] | None = None
+        """While it waits after a move: where it may not go."""
 
     @property
     def upstream(self) -> str | None:

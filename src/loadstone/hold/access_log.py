@@ -8,8 +8,7 @@ from typing import IO
 import msgspec
 
 from loadstone.core.errors import UsageError
-from loadstone.hold.relay import Relay
-from loadstone.hold.relay_peers import Finished
+from loadstone.hold.relay import Finished, Relay
 
 _encode = msgspec.json.Encoder().encode
 

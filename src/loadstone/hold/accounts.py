@@ -2,8 +2,6 @@
 
 from urllib.parse import unquote
 
-import msgspec
-
 from loadstone.hold.api_keys import ApiKey, ApiKeys, without_admin_key
 from loadstone.hold.clients import Callers
 from loadstone.hold.headers import Header, UpstreamHead, relayed_target, sane_id
@@ -17,30 +15,60 @@ _WITH_BODY = ("POST", "PUT", "PATCH")
 _MOST_PEERS = 1024
 
 
-class Asked(msgspec.Struct):
+class Asked:
     """What the gate makes of a head."""
 
-    method: str
-    target: bytes
-    """As a server takes it."""
-    headers: list[Header]
-    """As they may go on."""
-    content_encoding: bytes | None
-    request_id: bytes | None
-    """The client's own, where it has a sane one."""
-    forwarded_for: list[bytes]
-    key: ApiKey | None
-    """The valid key that it shows."""
-    known: bool
-    """It shows one, or none is wanted."""
-    kind: Kind | None
-    """Of its body; None where it has none that counts."""
-    metadata: bool
-    """It only asks what there is: that costs nothing."""
-    accounts: dict[str, "Account"]
-    """Whose requests came under this head, by the address of the peer."""
-    written: dict[tuple[str, bool], UpstreamHead]
-    """Its heads for upstreams that it was sent to before, by URL and whether it came through a trusted proxy."""
+    __slots__ = (
+        "accounts",
+        "content_encoding",
+        "forwarded_for",
+        "headers",
+        "key",
+        "kind",
+        "known",
+        "metadata",
+        "method",
+        "request_id",
+        "target",
+        "written",
+    )
+
+    def __init__(
+        self,
+        method: str,
+        target: bytes,
+        headers: list[Header],
+        content_encoding: bytes | None,
+        request_id: bytes | None,
+        forwarded_for: list[bytes],
+        key: ApiKey | None,
+        known: bool,
+        kind: Kind | None,
+        metadata: bool,
+        accounts: dict[str, "Account"],
+        written: dict[tuple[str, bool], UpstreamHead],
+    ) -> None:
+        self.method = method
+        self.target = target
+        """As a server takes it."""
+        self.headers = headers
+        """As they may go on."""
+        self.content_encoding = content_encoding
+        self.request_id = request_id
+        """The client's own, where it has a sane one."""
+        self.forwarded_for = forwarded_for
+        self.key = key
+        """The valid key that it shows."""
+        self.known = known
+        """It shows one, or none is wanted."""
+        self.kind = kind
+        """Of its body; None where it has none that counts."""
+        self.metadata = metadata
+        """It only asks what there is: that costs nothing."""
+        self.accounts = accounts
+        """Whose requests came under this head, by the address of the peer."""
+        self.written = written
+        """Its heads for upstreams that it was sent to before, by URL and whether it came through a trusted proxy."""
 
 
 def read_asked(head: RequestHead, keys: ApiKeys | None, admin_key: str, *, admin: bool) -> Asked:
@@ -77,19 +105,30 @@ def read_asked(head: RequestHead, keys: ApiKeys | None, admin_key: str, *, admin
     )
 
 
-class Account(msgspec.Struct):
+class Account:
     """Whose request it is."""
 
-    client: str
-    """Whom quotas and turns are counted for."""
-    address: str
-    forwarded_for: bytes
-    """X-Forwarded-For as it goes on."""
-    proxied: bool
-    """A trusted proxy says on whose behalf it asks."""
-    priority: int
-    known: bool
-    """It showed a valid key, where one is wanted."""
+    __slots__ = ("address", "client", "forwarded_for", "known", "priority", "proxied")
+
+    def __init__(
+        self,
+        client: str,
+        address: str,
+        forwarded_for: bytes,
+        proxied: bool,
+        priority: int,
+        known: bool,
+    ) -> None:
+        self.client = client
+        """Whom quotas and turns are counted for."""
+        self.address = address
+        self.forwarded_for = forwarded_for
+        """X-Forwarded-For as it goes on."""
+        self.proxied = proxied
+        """A trusted proxy says on whose behalf it asks."""
+        self.priority = priority
+        self.known = known
+        """It showed a valid key, where one is wanted."""
 
 
 def account_of(peer: str, asked: Asked, callers: Callers) -> Account:

@@ -22,11 +22,10 @@ from loadstone.hold.endings import spent_tokens, wait_hint_s
 from loadstone.hold.options import GateOptions
 from loadstone.hold.permits import Permits
 from loadstone.hold.rate_headers import RateLines, rate_limit_lines
-from loadstone.hold.relay import Relay
-from loadstone.hold.relay_peers import Finished
+from loadstone.hold.relay import Finished, Relay
 from loadstone.hold.shaping import Shaped, shape_kind
 from loadstone.hold.status import Ended, Status
-from loadstone.hold.upstreams import Upstreams, UpstreamServer
+from loadstone.hold.upstreams import Upstreams
 from loadstone.wire.server import IncomingRequest, Response
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ _OK = Outcome.OK
 
 
 class Front:
-    """All requests between their arrival and their outcome. It is what relays share (``relay.Shared``)."""
+    """All requests between their arrival and their outcome. It is what relays share."""
 
     def __init__(
         self,
@@ -59,10 +58,10 @@ class Front:
         self.status = Status(clock.now_ns() / 1e9)
         self.draining = False
         self.now_ns: Callable[[], int] = clock.now_ns
-        self.upstream: Callable[[str], UpstreamServer] = upstreams.__getitem__
+        self.upstreams = upstreams
         self._enforced = enforced
         self._options = options
-        self._upstreams = upstreams
+        self._unlimited, self._by_affinity = options.unlimited, options.affinity
         self._clock = clock
         self._access_log = access_log
         self._shared_quotas = shared_quotas
@@ -88,6 +87,7 @@ class Front:
     def _set(self, enforced: Enforced) -> None:
         self._enforced = enforced
         timeout_s = enforced.limits.request_timeout_s
+        self._limits = enforced.limits
         self._timeout_ns = None if timeout_s is None else int(timeout_s * 1e9)
         self._rate_lines = RateLines(self.quotas.windows)
 
@@ -139,7 +139,7 @@ class Front:
             asked = head.notes = read_asked(head, self._options.api_keys, self._options.admin_key, admin=admin)
         account = account_of(request.peer, asked, self._callers)
         self._ids += 1
-        request_id = asked.request_id or b"%b%x" % (self._id_prefix, self._ids)
+        request_id = asked.request_id or b"%b%d" % (self._id_prefix, self._ids)
         deadline_ns = _NEVER_NS if self._timeout_ns is None else arrived_ns + self._timeout_ns
         relay = Relay(self, asked, account, request.body, request_id, response, arrived_ns, deadline_ns)
         self._relays[relay] = None
@@ -151,14 +151,14 @@ class Front:
         elif not (account.known or admin):
             relay.refuse(Outcome.UNAUTHORIZED, "send Authorization: Bearer KEY")
         else:
-            self._shape(relay, admin or self._options.unlimited)
+            self._shape(relay, admin or self._unlimited)
 
     def _shape(self, relay: Relay, unlimited: bool) -> None:
         """Hold the body to the limits, then ask for quota and place."""
         asked, account = relay.asked, relay.account
         kind = asked.kind
         try:
-            shaped = Shaped(relay.body, 0) if kind is None else shape_kind(kind, relay.body, self._enforced.limits)
+            shaped = Shaped(relay.body, 0) if kind is None else shape_kind(kind, relay.body, self._limits)
         except BadAskError as error:
             coding = asked.content_encoding
             unread = f"Content-Encoding {coding.decode('latin-1')} is not read here; send it as it is" if coding else ""
@@ -170,7 +170,7 @@ class Front:
             relay.deadline_ns,
             shaped.tokens,
             account.priority,
-            shaped.affinity if self._options.affinity else None,
+            shaped.affinity if self._by_affinity else None,
             unlimited or asked.metadata,
         )
         if want.unlimited:
@@ -213,11 +213,11 @@ class Front:
         if self._relays:
             self._sweeper = self._clock.call_at(now_ns + _SWEEP_NS, self._sweep)
 
-    # -- what relays need (relay.Shared)
+    # -- what relays need
 
     def any_up_besides(self, tried: frozenset[str]) -> bool:
         """There is another upstream to try."""
-        others = [server.plan.url for server in self._upstreams.all() if server.plan.url not in tried]
+        others = [server.plan.url for server in self.upstreams.all() if server.plan.url not in tried]
         return any(self.permits.admission.is_up(url) for url in others)
 
     def wait_hint_s(self, outcome: Outcome) -> float:

@@ -65,6 +65,7 @@ class Gate:
         self._warnings: dict[str, str] = {}
         self._steering = Steering(self.permits, self.upstreams, clock, log) if options.adaptive else None
         self._sampler = Sampler()
+        self._admin_key = options.admin_key
         self._pages = Pages(self, protected=bool(options.admin_key))
         self.server = HttpServer(
             self.handle,
@@ -132,7 +133,7 @@ class Gate:
 
     def handle(self, request: IncomingRequest, response: Response) -> None:
         """A page of the gate's own, or a request for an upstream."""
-        key = self.options.admin_key
+        key = self._admin_key
         admin = key != "" and is_admin(request.headers, key)
         if not self._pages.serve(request, response, admin=admin):
             self.front.handle(request, response, admin=admin)

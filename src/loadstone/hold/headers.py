@@ -6,8 +6,6 @@ about its own address is not believed, only added to by proxies that are trusted
 
 from collections.abc import Iterable
 
-import msgspec
-
 from loadstone.hold.rate_headers import NAMES as RATE_NAMES
 
 Header = tuple[bytes, bytes]
@@ -89,16 +87,25 @@ def _of_all_hops(headers: list[Header]) -> list[Header]:
     return headers
 
 
-class UpstreamHead(msgspec.Struct):
+class UpstreamHead:
     """The head of a request as an upstream gets it, but for what is the request's own."""
 
-    start: bytes
-    sized: bool
-    """There is a Content-Length even if it is 0."""
-    chain: bytes
-    """From the size to X-Forwarded-For."""
-    rest: bytes
-    """From there to X-Request-Id."""
+    __slots__ = ("chain", "rest", "sized", "start")
+
+    def __init__(
+        self,
+        start: bytes,
+        sized: bool,
+        chain: bytes,
+        rest: bytes,
+    ) -> None:
+        self.start = start
+        self.sized = sized
+        """There is a Content-Length even if it is 0."""
+        self.chain = chain
+        """From the size to X-Forwarded-For."""
+        self.rest = rest
+        """From there to X-Request-Id."""
 
     def with_body(self, body: bytes, forwarded_for: bytes, request_id: bytes) -> bytes:
         """The whole request. ``forwarded_for``: all hops, the peer the last of them."""
@@ -158,19 +165,29 @@ def header_lines(headers: Iterable[Header]) -> bytes:
     return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
-class ReplyLines(msgspec.Struct):
+class ReplyLines:
     """The headers of an upstream's reply as the client gets them, but for what is the request's own."""
 
-    streams: bool
-    """The body is a stream of events."""
-    says_when: bool
-    """It tells when to come back."""
-    plain: bytes
-    """To the place of the request's id."""
-    with_rates: bytes
-    """The same where the client's standing with its quota here hides what the upstream says of its own."""
-    last: bytes
-    """Behind the id."""
+    __slots__ = ("last", "plain", "says_when", "streams", "with_rates")
+
+    def __init__(
+        self,
+        streams: bool,
+        says_when: bool,
+        plain: bytes,
+        with_rates: bytes,
+        last: bytes,
+    ) -> None:
+        self.streams = streams
+        """The body is a stream of events."""
+        self.says_when = says_when
+        """It tells when to come back."""
+        self.plain = plain
+        """To the place of the request's id."""
+        self.with_rates = with_rates
+        """The same where the client's standing with its quota here hides what the upstream says of its own."""
+        self.last = last
+        """Behind the id."""
 
     def of(self, request_id: bytes, rates: bytes) -> bytes:
         """As lines, each with its end; ``rates``: where the client stands with its quota here."""

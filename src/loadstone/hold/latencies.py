@@ -1,10 +1,8 @@
 """Latencies as the gate keeps them: the recent ones for people, histograms since the start for Prometheus."""
 
 import math
-from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from itertools import accumulate, repeat
+from collections.abc import Sequence
+from itertools import accumulate
 
 WINDOW_S = 300.0
 """How far back "recent" reaches."""
@@ -22,24 +20,40 @@ class Latencies:
     Of the recent ones no more than the newest 2,048 are kept.
     """
 
-    __slots__ = ("_bounds_s", "_counts", "_recent", "sum_s")
+    __slots__ = ("_bounds_s", "_counts", "_ended_s", "_latencies_s", "_next", "sum_s")
 
     def __init__(self, bounds_s: tuple[float, ...]) -> None:
         self._bounds_s = bounds_s
         self._counts = [0] * (len(bounds_s) + 1)
-        self._recent: deque[tuple[float, float]] = deque(maxlen=_MOST_SAMPLES)
+        # Rings of the same length: when each ended, and its latency.
+        self._ended_s: list[float] = []
+        self._latencies_s: list[float] = []
+        self._next = 0
+        """Where the next is put, once they are full."""
         self.sum_s = 0.0
 
-    def add(self, times_s: Iterable[float], latencies_s: Sequence[float]) -> None:
-        """Some latencies, and when each ended, which never goes back."""
-        for bucket, count in Counter(map(bisect_left, repeat(self._bounds_s), latencies_s)).items():
-            self._counts[bucket] += count
-        self.sum_s += sum(latencies_s)
-        self._recent.extend(zip(times_s, latencies_s, strict=True))
+    def add(self, ended_s: float, latency_s: float) -> None:
+        """One more; ``ended_s`` never goes back."""
+        bucket = 0
+        for bound_s in self._bounds_s:
+            if latency_s <= bound_s:
+                break
+            bucket += 1
+        self._counts[bucket] += 1
+        self.sum_s += latency_s
+        if len(self._ended_s) < _MOST_SAMPLES:
+            self._ended_s.append(ended_s)
+            self._latencies_s.append(latency_s)
+            return
+        place = self._next
+        self._ended_s[place] = ended_s
+        self._latencies_s[place] = latency_s
+        self._next = (place + 1) % _MOST_SAMPLES
 
     def summary(self, now_s: float) -> dict[str, float | int | None]:
         """{n, mean, p50, p95, p99} of the recent ones; all but ``n`` are None where there is none."""
-        recent = sorted([latency_s for at_s, latency_s in self._recent if at_s > now_s - WINDOW_S])
+        samples = zip(self._ended_s, self._latencies_s, strict=True)
+        recent = sorted([latency_s for ended_s, latency_s in samples if ended_s > now_s - WINDOW_S])
         figures: dict[str, float | int | None] = {"n": len(recent), "mean": None, "p50": None, "p95": None, "p99": None}
         if recent:
             figures["mean"] = math.fsum(recent) / len(recent)
@@ -52,7 +66,7 @@ class Latencies:
         return list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
 
     def __repr__(self) -> str:
-        return f"<Latencies {sum(self._counts)} in all, {len(self._recent)} kept>"
+        return f"<Latencies {sum(self._counts)} in all, {len(self._latencies_s)} kept>"
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

@@ -28,6 +28,8 @@ NAMES = frozenset(
         b"ratelimit",
     )
 )
+_LEFT = b"%d"
+"""Stands where it is told how many are left."""
 _TIGHTEST = b"x-ratelimit-limit: %d\r\nx-ratelimit-remaining: %%d\r\nx-ratelimit-reset: %d\r\n"
 _REQUESTS = (
     _TIGHTEST + b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %%d\r\n"
@@ -40,7 +42,7 @@ _MOST_KEPT = 1024
 class RateLines:
     """The lines under one set of quotas.
 
-    What is left changes with every request, everything else once a second: so the lines are kept with places for it.
+    What is left changes with every request, everything else once a second: so the lines are kept cut at its places.
     """
 
     def __init__(self, windows: Sequence[Window | Standing]) -> None:
@@ -49,7 +51,7 @@ class RateLines:
         self._limits = {window.name: window.limit for window in requests}
         self._tokens = next((window.limit for window in windows if window.what == "tokens"), None)
         self._policies = b", ".join([b'"%b";q=%d;w=%d' % (it.name.encode(), it.limit, it.window_s) for it in requests])
-        self._kept: dict[tuple[str, int, int], bytes] = {}
+        self._kept: dict[tuple[str, int, int], tuple[list[bytes], list[bytes]]] = {}
 
     def __repr__(self) -> str:
         return f"<RateLines {self._policies.decode()}, {self._tokens or 'no'} tokens>"
@@ -57,28 +59,27 @@ class RateLines:
     def of(self, spare: Spare) -> bytes:
         """Both families, names in lower case, each line with its end; nothing where there is no quota."""
         key = (spare.window, spare.requests_reset_s, spare.tokens_reset_s)
-        lines = self._kept.get(key)
-        if lines is None:
-            lines = self._lines(*key)
-        left, tokens = spare.requests, spare.tokens
-        if self._tokens is None:
-            return lines % (left, left, left) if spare.window else lines
-        return lines % ((left, left, left, tokens) if spare.window else (tokens, tokens))
+        parts = self._kept.get(key)
+        if parts is None:
+            parts = self._parts(*key)
+        of_requests, of_tokens = parts
+        return (b"%d" % spare.requests).join(of_requests) + (b"%d" % spare.tokens).join(of_tokens)
 
-    def _lines(self, window: str, reset_s: int, tokens_reset_s: int) -> bytes:
-        lines = b""
+    def _parts(self, window: str, reset_s: int, tokens_reset_s: int) -> tuple[list[bytes], list[bytes]]:
+        """The lines on requests and those on tokens, cut where it says how many are left."""
+        of_requests = of_tokens = b""
         if window:
             limit = self._limits[window]
             name, duration = window.encode(), _duration(reset_s)
-            lines = _REQUESTS % (limit, reset_s, limit, duration, name, reset_s, self._policies)
+            of_requests = _REQUESTS % (limit, reset_s, limit, duration, name, reset_s, self._policies)
         if self._tokens is not None:
-            lines += _TOKENS % (self._tokens, _duration(tokens_reset_s))
+            of_tokens = _TOKENS % (self._tokens, _duration(tokens_reset_s))
             if not window:
-                lines += _TIGHTEST % (self._tokens, tokens_reset_s)
+                of_tokens += _TIGHTEST % (self._tokens, tokens_reset_s)
         if len(self._kept) >= _MOST_KEPT:
             self._kept.clear()
-        self._kept[window, reset_s, tokens_reset_s] = lines
-        return lines
+        parts = self._kept[window, reset_s, tokens_reset_s] = of_requests.split(_LEFT), of_tokens.split(_LEFT)
+        return parts
 
 
 def rate_limit_lines(standings: Sequence[Standing]) -> bytes:

@@ -13,6 +13,8 @@ the permit back, settles or refunds the quota, and counts one outcome. The clien
 client does not read, the upstream is not read.
 """
 
+from typing import TYPE_CHECKING
+
 from loadstone.core.admission import State, Ticket, Want
 from loadstone.core.outcomes import Outcome
 from loadstone.core.quota import Reservation, Standing
@@ -20,11 +22,14 @@ from loadstone.core.refusals import refusal_body, retry_after
 from loadstone.hold.accounts import Account, Asked
 from loadstone.hold.endings import DENIED, outcome_of, refusal_reply
 from loadstone.hold.headers import ReplyLines, header_lines, reply_lines
-from loadstone.hold.relay_peers import Finished, Shared, Upstream
 from loadstone.hold.signals import Pace
 from loadstone.hold.usage import UsageReader, tokens_of
 from loadstone.wire.server import Response
 from loadstone.wire.upstream import Failure, Head, Stage, UpstreamCall
+
+if TYPE_CHECKING:
+    from loadstone.hold.front import Front
+    from loadstone.hold.upstreams import UpstreamServer
 
 MOST_ATTEMPTS = 3
 _ELSEWHERE = frozenset((502, 503, 504))
@@ -35,6 +40,25 @@ _CLOSING = frozenset((400, 401))
 # An enumeration's members are slow to read in Python 3.11, and these are read for every request.
 _QUEUED, _GRANTED = State.QUEUED, State.GRANTED
 _NONE: frozenset[str] = frozenset()
+
+
+class Finished:
+    """How a request ended; what it had come to by then, the relay tells."""
+
+    __slots__ = ("ended_ns", "outcome", "output_tokens", "tokens")
+
+    def __init__(
+        self,
+        outcome: Outcome,
+        ended_ns: int,
+        tokens: int | None,
+        output_tokens: int,
+    ) -> None:
+        self.outcome = outcome
+        self.ended_ns = ended_ns
+        self.tokens = tokens
+        """All tokens of the request where the server counted them."""
+        self.output_tokens = output_tokens
 
 
 class Relay:
@@ -72,7 +96,7 @@ class Relay:
 
     def __init__(
         self,
-        shared: Shared,
+        shared: "Front",
         asked: Asked,
         account: Account,
         body: bytes,
@@ -96,7 +120,7 @@ class Relay:
         """How the client stood when this was asked for, where quotas are shared."""
         self.ended = False
         self._shared = shared
-        self._upstream: Upstream | None = None
+        self._upstream: UpstreamServer | None = None
         self.upstream_name = ""
         """The last that it was sent to."""
         self._call: UpstreamCall | None = None
@@ -155,7 +179,7 @@ class Relay:
         if not self.granted_ns:
             self.granted_ns = ticket.granted_ns or self._shared.now_ns()
         self.attempts += 1
-        upstream = self._upstream = self._shared.upstream(name)
+        upstream = self._upstream = self._shared.upstreams[name]
         self._pace = upstream.pace
         self._call = upstream.send(self)
 
@@ -195,11 +219,11 @@ class Relay:
             self._note(data, ended)
         if ended:
             self._complete()
+            response.end(data)
+            return
         if data:
             response.write(data)
-        if ended:
-            response.end()
-        elif response.congested and self._call is not None:
+        if response.congested and self._call is not None:
             response.on_drained = self._resume
             self._call.pause()
 

@@ -22,14 +22,22 @@ _JSON_ONLY = (*_GENERATES, "/embeddings", "/rerank", "/score", "/embed_text")
 _OUTPUT_KEYS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
 
 
-class Shaped(msgspec.Struct):
+class Shaped:
     """A request as it goes upstream."""
 
-    body: bytes
-    tokens: int
-    """Prompt, estimated, and the most output that it may generate."""
-    prompt: msgspec.Raw = ABSENT
-    """As JSON, where it has one."""
+    __slots__ = ("body", "prompt", "tokens")
+
+    def __init__(
+        self,
+        body: bytes,
+        tokens: int,
+        prompt: msgspec.Raw = ABSENT,
+    ) -> None:
+        self.body = body
+        self.tokens = tokens
+        """Prompt, estimated, and the most output that it may generate."""
+        self.prompt = prompt
+        """As JSON, where it has one."""
 
     @property
     def affinity(self) -> int | None:
@@ -38,15 +46,24 @@ class Shaped(msgspec.Struct):
         return zlib.crc32(prefix) if prefix else None
 
 
-class Kind(msgspec.Struct):
+class Kind:
     """What a path and a content type say about the body behind them."""
 
-    is_json: bool
-    generates: bool
-    output_key: str
-    """Where the most output is told if the request names none."""
-    content_type: bytes | None
-    """One that is wrong for JSON."""
+    __slots__ = ("content_type", "generates", "is_json", "output_key")
+
+    def __init__(
+        self,
+        is_json: bool,
+        generates: bool,
+        output_key: str,
+        content_type: bytes | None,
+    ) -> None:
+        self.is_json = is_json
+        self.generates = generates
+        self.output_key = output_key
+        """Where the most output is told if the request names none."""
+        self.content_type = content_type
+        """One that is wrong for JSON."""
 
 
 def kind_of(path: str, content_type: bytes | None) -> Kind:

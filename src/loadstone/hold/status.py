@@ -3,15 +3,10 @@
 Theory of operation. A request is counted once when it arrives and once when it ends, in exactly one outcome; what lies
 between is told by whoever runs it (``Now``). So the outcomes sum to received − in flight − queued at every moment.
 Everything is kept in fixed memory. Latencies and shares over "recent" reach back ``latencies.WINDOW_S``.
-
-Requests that end are counted a few dozen at a time, those alike that stand in a row together: figure by figure each
-would cost three times as much. Whatever is told is told after all of them have been counted.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import compress, groupby
-from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -25,28 +20,40 @@ from loadstone.hold.tallies import Clients, Past, Tally
 
 _RATE_SPAN_S = 60.0
 _MOST_CLIENTS_SHOWN = 20
-_AT_ONCE = 64
-_KIND = attrgetter("outcome", "client", "upstream", "admitted")
-_TOKENS, _WAIT, _LATENCY, _TTFT = map(attrgetter, ("output_tokens", "wait_s", "latency_s", "ttft_s"))
+# An enumeration's members are slow to read in Python 3.11, and this one is read for every request.
+_OK = Outcome.OK
 
 
-class Ended(msgspec.Struct):
+class Ended:
     """One request that has ended."""
 
-    outcome: Outcome
-    client: str
-    """Who asked; empty where that could not be told."""
-    upstream: str
-    """The last that it was sent to; empty where none."""
-    admitted: bool
-    """It held a slot."""
-    latency_s: float
-    """From arrival to the end."""
-    ttft_s: float | None
-    """From arrival to the first byte of the reply's body; None where none came."""
-    wait_s: float
-    """In the queue."""
-    output_tokens: int
+    __slots__ = ("admitted", "client", "latency_s", "outcome", "output_tokens", "ttft_s", "upstream", "wait_s")
+
+    def __init__(
+        self,
+        outcome: Outcome,
+        client: str,
+        upstream: str,
+        admitted: bool,
+        latency_s: float,
+        ttft_s: float | None,
+        wait_s: float,
+        output_tokens: int,
+    ) -> None:
+        self.outcome = outcome
+        self.client = client
+        """Who asked; empty where that could not be told."""
+        self.upstream = upstream
+        """The last that it was sent to; empty where none."""
+        self.admitted = admitted
+        """It held a slot."""
+        self.latency_s = latency_s
+        """From arrival to the end."""
+        self.ttft_s = ttft_s
+        """From arrival to the first byte of the reply's body; None where none came."""
+        self.wait_s = wait_s
+        """In the queue."""
+        self.output_tokens = output_tokens
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,6 @@ class Status:
         self._latency = Latencies(REQUEST_BOUNDS_S)
         self._ttft = Latencies(TTFT_BOUNDS_S)
         self._wait = Latencies(WAIT_BOUNDS_S)
-        self._uncounted: list[Ended] = []
-        """Since the latest second began, fewer than ``_AT_ONCE``."""
-        self._ended_s: list[float] = []
-        """When each of them ended."""
 
     def received(self) -> None:
         """A request has arrived."""
@@ -116,44 +119,26 @@ class Status:
     def ended(self, ended: Ended, now_s: float) -> None:
         """A request that was received has ended: once for each. ``now_s`` never goes back."""
         if now_s >= self._past.next_mark_s:
-            self._count()
             self._past.mark(now_s, self._all)
-        self._uncounted.append(ended)
-        self._ended_s.append(now_s)
-        if len(self._uncounted) >= _AT_ONCE:
-            self._count()
-
-    def _count(self) -> None:
-        uncounted, self._uncounted = self._uncounted, []
-        ended_s, self._ended_s = self._ended_s, []
-        counted = 0
-        for _, alike in groupby(uncounted, _KIND):
-            row = list(alike)
-            self._count_alike(row, ended_s[counted : counted + len(row)])
-            counted += len(row)
-
-    def _count_alike(self, row: list[Ended], ended_s: list[float]) -> None:
-        """Some in a row that differ only in their latencies and tokens."""
-        kind, number, output_tokens = row[0], len(row), sum(map(_TOKENS, row))
-        outcome, admitted, upstream = kind.outcome, kind.admitted, kind.upstream
-        self._outcomes[outcome] += number
-        self._all.add(outcome, admitted, output_tokens, number)
-        if kind.client:
-            self._clients.at(kind.client, ended_s[0]).add(outcome, admitted, output_tokens, number)
-        if upstream:
-            tally = self._upstreams.get(upstream)
-            if tally is None:
-                tally = self._upstreams[upstream] = Tally()
-            tally.add(outcome, admitted, output_tokens, number)
+        outcome, admitted, output_tokens = ended.outcome, ended.admitted, ended.output_tokens
+        self._outcomes[outcome] += 1
+        self._all.add(outcome, admitted, output_tokens)
+        if ended.client:
+            self._clients.at(ended.client, now_s).add(outcome, admitted, output_tokens)
+        if ended.upstream:
+            self._upstream_tally(ended.upstream).add(outcome, admitted, output_tokens)
         if admitted:
-            self._wait.add(ended_s, list(map(_WAIT, row)))
-        if outcome is Outcome.OK:
-            self._latency.add(ended_s, list(map(_LATENCY, row)))
-        ttfts_s = list(map(_TTFT, row))
-        if None in ttfts_s:
-            came = [ttft_s is not None for ttft_s in ttfts_s]
-            ended_s, ttfts_s = list(compress(ended_s, came)), list(compress(ttfts_s, came))
-        self._ttft.add(ended_s, ttfts_s)
+            self._wait.add(now_s, ended.wait_s)
+        if outcome is _OK:
+            self._latency.add(now_s, ended.latency_s)
+        if ended.ttft_s is not None:
+            self._ttft.add(now_s, ended.ttft_s)
+
+    def _upstream_tally(self, name: str) -> Tally:
+        tally = self._upstreams.get(name)
+        if tally is None:
+            tally = self._upstreams[name] = Tally()
+        return tally
 
     # -- what is told
 
@@ -163,7 +148,6 @@ class Status:
         ``latency_s`` is that of requests that succeeded, ``ttft_s`` that of all with a first byte; ``error_rate`` is
         (upstream_error + request_timeout) / admitted, where ``admitted`` is how many of those that ended held a slot.
         """
-        self._count()
         recent = self._past.growth(self._all, WINDOW_S, now_s)
         return {
             "version": __version__,
@@ -218,7 +202,6 @@ class Status:
 
     def metrics(self, now: Now, now_s: float) -> bytes:
         """The text of ``/metrics``."""
-        self._count()
         page = Exposition("loadstone_gate_")
         page.counter("received", "Requests that have arrived.", {"": self._received})
         outcomes = {str(outcome): float(count) for outcome, count in self._outcomes.items()}
@@ -273,7 +256,7 @@ class Status:
         }
 
     def __repr__(self) -> str:
-        return f"<Status {self._received} received, {self._all.requests + len(self._uncounted)} ended>"
+        return f"<Status {self._received} received, {self._all.requests} ended>"
 
 
 def _counts(tally: Tally) -> dict[str, int]:

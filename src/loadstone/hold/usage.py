@@ -48,7 +48,7 @@ class UsageReader:
 
 def tokens_of(document: bytes) -> tuple[int | None, int]:
     """As ``UsageReader.tokens``, of a whole JSON document."""
-    usage = _read(document) if b'"usage"' in document else None
+    usage = _read(document) if document.rfind(b'"usage"') >= 0 else None  # it stands last, where it does
     if usage is None:
         return None, 0
     return usage.total_tokens or usage.prompt_tokens + usage.completion_tokens, usage.completion_tokens

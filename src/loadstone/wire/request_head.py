@@ -2,8 +2,6 @@
 
 from http import HTTPStatus
 
-import msgspec
-
 _METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
 _JUDGED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
 
@@ -17,24 +15,38 @@ class RejectedError(Exception):
         self.reason = reason
 
 
-class RequestHead(msgspec.Struct):
+class RequestHead:
     """Everything before the body. Equal heads may share one, so it is only read."""
 
-    method: str
-    target: bytes
-    """As received: it may be absolute (``http://host/path``)."""
-    path: str
-    """Without the query; always that of the target, whatever form it had."""
-    query: bytes
-    headers: list[tuple[bytes, bytes]]
-    """In the order received, names in lower case, without trailers."""
-    version: str
-    """1.1 or 1.0."""
-    length: int | None
-    """Of the body, as announced; None: chunked."""
-    expects_continue: bool
-    notes: object = None
-    """The handler's own, for what it makes of the head: kept as long as the head is."""
+    __slots__ = ("expects_continue", "headers", "length", "method", "notes", "path", "query", "target", "version")
+
+    def __init__(
+        self,
+        method: str,
+        target: bytes,
+        path: str,
+        query: bytes,
+        headers: list[tuple[bytes, bytes]],
+        version: str,
+        length: int | None,
+        expects_continue: bool,
+        notes: object = None,
+    ) -> None:
+        self.method = method
+        self.target = target
+        """As received: it may be absolute (``http://host/path``)."""
+        self.path = path
+        """Without the query; always that of the target, whatever form it had."""
+        self.query = query
+        self.headers = headers
+        """In the order received, names in lower case, without trailers."""
+        self.version = version
+        """1.1 or 1.0."""
+        self.length = length
+        """Of the body, as announced; None: chunked."""
+        self.expects_continue = expects_continue
+        self.notes = notes
+        """The handler's own, for what it makes of the head: kept as long as the head is."""
 
 
 def checked_head(verb: bytes, target: bytes, headers: list[tuple[bytes, bytes]], version: str) -> RequestHead:

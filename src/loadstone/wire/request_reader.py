@@ -18,7 +18,6 @@ import enum
 from http import HTTPStatus
 
 import httptools
-import msgspec
 
 from loadstone.wire.head_memo import HeadMemo
 from loadstone.wire.request_head import RejectedError, RequestHead, checked_head
@@ -34,13 +33,21 @@ _FRAMING_PER_BODY_BYTE = 8
 _VERSION_ERRORS = frozenset({"Invalid HTTP version", "Pause on PRI/Upgrade"})
 
 
-class IncomingRequest(msgspec.Struct):
+class IncomingRequest:
     """One complete request."""
 
-    head: RequestHead
-    body: bytes
-    peer: str
-    """The client's address, empty where it is unknown."""
+    __slots__ = ("body", "head", "peer")
+
+    def __init__(
+        self,
+        head: RequestHead,
+        body: bytes,
+        peer: str,
+    ) -> None:
+        self.head = head
+        self.body = body
+        self.peer = peer
+        """The client's address, empty where it is unknown."""
 
     @property
     def method(self) -> str:

@@ -2,27 +2,16 @@
 
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loadstone.wire.server_connection import ServerConnection
 
 Headers = Iterable[tuple[bytes, bytes]] | bytes
 """Names and values, or the lines as they go out, each with its line end."""
 
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
 _BODYLESS = frozenset({204, 304})
-
-
-class Channel(Protocol):
-    """The connection, as a response uses it. Everything sent after the client has left is dropped."""
-
-    name_line: bytes
-    congested: bool
-
-    @property
-    def draining(self) -> bool: ...
-    def hold(self, data: bytes) -> None: ...
-    def send(self, data: bytes) -> None: ...
-    def answered(self, keep_alive: bool) -> None: ...
-    def cut(self, *, reset: bool) -> None: ...
 
 
 class Response:
@@ -33,8 +22,8 @@ class Response:
     """
 
     __slots__ = (
-        "_channel",
         "_chunked",
+        "_connection",
         "_ended",
         "_headless",
         "_keep_alive",
@@ -46,8 +35,8 @@ class Response:
         "started",
     )
 
-    def __init__(self, channel: Channel, method: str, version: str, keep_alive: bool) -> None:
-        self._channel = channel
+    def __init__(self, connection: "ServerConnection", method: str, version: str, keep_alive: bool) -> None:
+        self._connection = connection
         self._headless = method == "HEAD"
         self._version = version
         self._keep_alive = keep_alive
@@ -66,7 +55,7 @@ class Response:
     @property
     def congested(self) -> bool:
         """More than 64 KiB wait for the client: pause the source until ``on_drained``."""
-        return self._channel.congested
+        return self._connection.congested
 
     def reply(self, status: int, headers: Headers, body: bytes) -> None:
         """The whole response at once."""
@@ -74,9 +63,9 @@ class Response:
         framing = b"" if status in _BODYLESS else b"content-length: %d\r\n" % len(body)
         self._ended = True
         self.on_disconnect = self.on_drained = None
-        channel = self._channel
-        channel.send(self._head(status, headers, framing, b"" if self._headless else body))
-        channel.answered(self._keep_alive)
+        connection = self._connection
+        connection.send(self._head(status, headers, framing, b"" if self._headless else body))
+        connection.answered(self._keep_alive)
 
     def start(self, status: int, headers: Headers, length: int | None = None) -> None:
         """The head; it goes out with the first piece of the body, or as soon as the loop turns.
@@ -96,13 +85,13 @@ class Response:
             framing = b"transfer-encoding: chunked\r\n"
         elif not self._headless:
             self._keep_alive = False
-        self._channel.hold(self._head(status, headers, framing, b""))
+        self._connection.hold(self._head(status, headers, framing, b""))
 
     def write(self, data: bytes) -> None:
         """A piece of the body."""
         self._take(len(data), "takes no data")
         if data and not self._headless:
-            self._channel.send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+            self._connection.send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def end(self, data: bytes = b"") -> None:
         """The body is complete, ``data`` its last piece."""
@@ -116,8 +105,8 @@ class Response:
             data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
         self._ended = True
         self.on_disconnect = self.on_drained = None
-        self._channel.send(data)
-        self._channel.answered(self._keep_alive)
+        self._connection.send(data)
+        self._connection.answered(self._keep_alive)
 
     def fail(self) -> None:
         """Break off, so that the client can tell; what was written before still goes out. No effect after the end.
@@ -129,7 +118,7 @@ class Response:
         self._ended = True
         self.on_disconnect = self.on_drained = None
         unframed = self.started and not self._headless and not self._chunked and self._left is None
-        self._channel.cut(reset=unframed)
+        self._connection.cut(reset=unframed)
 
     def disconnected(self) -> None:
         """The connection is gone: tell the handler, once."""
@@ -157,7 +146,7 @@ class Response:
             raise RuntimeError(f"{self!r} has been started before")
         self.started = True
         self._headless = self._headless or status in _BODYLESS
-        self._keep_alive = self._keep_alive and not self.close_after and not self._channel.draining
+        self._keep_alive = self._keep_alive and not self.close_after and not self._connection.draining
 
     def _take(self, size: int, complaint: str) -> None:
         if not self.started or self._ended:
@@ -177,7 +166,7 @@ class Response:
             last = b"connection: close\r\n"
         elif self._version == "1.0":
             last = b"connection: keep-alive\r\n"
-        return b"".join((line, lines, framing, self._channel.name_line, last, b"\r\n", body))
+        return b"".join((line, lines, framing, self._connection.name_line, last, b"\r\n", body))
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "started" if self.started else "waiting"

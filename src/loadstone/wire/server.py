@@ -9,7 +9,7 @@ connection closed. Such a refusal is final: bytes behind it are not looked at.
 import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import cast
+from typing import Any, cast
 
 from loadstone.wire.hangups import HangupWatch
 from loadstone.wire.head_memo import HeadMemo
@@ -72,7 +72,8 @@ class HttpServer:
         self._listener = await loop.create_server(
             lambda: cast(asyncio.Protocol, ServerConnection(self, loop)), host, port, backlog=4096
         )
-        bound: int = self._listener.sockets[0].getsockname()[1]
+        sockets = cast(Any, self._listener).sockets  # a tuple of asyncio, a list of uvloop
+        bound: int = sockets[0].getsockname()[1]
         return bound
 
     async def drain(self) -> None:

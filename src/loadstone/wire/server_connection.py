@@ -12,6 +12,7 @@ at once would reset it before the client has read why. ``deadline_s`` is all tha
 import asyncio
 import fcntl
 import math
+import os
 import socket
 import struct
 import sys
@@ -34,7 +35,7 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class ServerConnection:
-    """The channel of its responses. A handler's exception closes it and goes to the loop's exception handler.
+    """What its responses are written to. A handler's exception closes it and goes to the loop's exception handler.
 
     An ``asyncio.Protocol`` by its methods: a compiled class has no such base.
     """
@@ -44,6 +45,7 @@ class ServerConnection:
         "_backlog",
         "_closing",
         "_eof",
+        "_fd",
         "_held",
         "_lone",
         "_loop",
@@ -69,7 +71,7 @@ class ServerConnection:
         self._loop = loop
         self.name_line = server.name_line
         self._transport: asyncio.Transport | None = None
-        self._watched_fd = -1
+        self._fd = self._watched_fd = -1
         self._reader = RequestReader(server.max_body_bytes, server.heads)
         self._backlog: bytes | bytearray = b""
         self._response: Response | None = None
@@ -99,6 +101,7 @@ class ServerConnection:
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
+        self._fd = transport.get_extra_info("socket").fileno()
         peer = transport.get_extra_info("peername")
         self._reader.peer = peer[0] if isinstance(peer, tuple) else ""
         self._server.remember(self)
@@ -139,8 +142,7 @@ class ServerConnection:
         self._lone = False
         if self._closing or not self._has_requests():
             return False
-        assert self._transport is not None
-        self._watched_fd = self._transport.get_extra_info("socket").fileno()
+        self._watched_fd = self._fd
         self._server.watch_hangup(self._watched_fd, self.abort)
         self._probe()
         return True
@@ -238,7 +240,7 @@ class ServerConnection:
         else:
             self._transport.resume_reading()
 
-    # -- Channel: what a response does --------------------------------------------------------------------------
+    # -- what a response does -----------------------------------------------------------------------------------
 
     @property
     def draining(self) -> bool:
@@ -264,6 +266,14 @@ class ServerConnection:
             data, self._probed = data[self._probed :], 0
         if self._taken_s is not None:
             self._output_bytes += len(data)
+        if transport.get_write_buffer_size() == 0:  # straight away: the loop would queue it until the end of the turn
+            try:
+                sent = os.write(self._fd, data)
+            except OSError:  # full, or the client has gone: the transport waits for room, or finds that out
+                sent = 0
+            if sent == len(data):
+                return
+            data = data[sent:]
         transport.write(data)
 
     def answered(self, keep_alive: bool) -> None:
@@ -377,8 +387,7 @@ class ServerConnection:
 
         What counts is what its kernel has acknowledged: ours tells the transport of room in steps of a megabyte.
         """
-        fd = transport.get_extra_info("socket").fileno()
-        unacknowledged = int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        unacknowledged = int.from_bytes(fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         standing_bytes = transport.get_write_buffer_size() + unacknowledged
         if self._taken_s is None:
             self._output_bytes, self._taken_bytes, self._taken_s = standing_bytes, 0, now_s

@@ -93,9 +93,10 @@ class UpstreamPool:
                 call.cancel()
                 call.sink.on_failed(Failure(stage, f"{self.netloc} was given up: the gate closes"))
 
-    # -- what calls and connections tell (upstream_connection.Owner)
+    # -- what calls and connections tell
 
     def open_for(self, call: UpstreamCall) -> None:
+        """The call needs a fresh connection."""
         call.opening = self._loop.create_task(self._open(call))
 
     async def _open(self, call: UpstreamCall) -> None:
@@ -118,19 +119,24 @@ class UpstreamPool:
                 connection.pause()
 
     def fail(self, call: UpstreamCall, failure: Failure) -> None:
+        """The call has ended without a complete reply; the sink does not know it yet."""
         self._calls.remove(call)
         call.sink.on_failed(failure)
 
     def forget(self, call: UpstreamCall) -> None:
+        """The call has ended."""
         self._calls.discard(call)
 
     def opened(self, connection: Connection) -> None:
+        """The connection stands."""
         self._connections.add(connection)
 
     def closed(self, connection: Connection) -> None:
+        """The connection is gone."""
         self._connections.discard(connection)
 
     def free(self, connection: Connection, call: UpstreamCall) -> None:
+        """The call has ended, and the connection is free for another."""
         self._calls.discard(call)
         if len(self._idle) >= self._max_idle:
             connection.close()
@@ -141,6 +147,7 @@ class UpstreamPool:
             self._sweeper = self._loop.call_later(self._idle_timeout_s, self._sweep)
 
     def drop(self, connection: Connection) -> None:
+        """The connection takes no more calls."""
         self._idle.pop(connection, None)
 
     def _sweep(self) -> None:

@@ -17,14 +17,16 @@ import ssl
 import struct
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import httptools
 
 from loadstone.wire.causes import tls_failure
-from loadstone.wire.head_memo import HeadMemo
 from loadstone.wire.tls import TlsLayer
 from loadstone.wire.upstream_reply import MOST_HEAD_BYTES, Head, ReplyReader
+
+if TYPE_CHECKING:
+    from loadstone.wire.upstream import UpstreamPool
 
 _CLOSE_WITH_RESET = struct.pack("ii", 1, 0)
 
@@ -66,35 +68,6 @@ class Sink(Protocol):
         """No more will come."""
 
 
-class Owner(Protocol):
-    """What calls and connections tell: the pool."""
-
-    netloc: str
-    heads: HeadMemo[Head]
-    """Of its replies."""
-
-    def forget(self, call: "UpstreamCall") -> None:
-        """The call has ended."""
-
-    def fail(self, call: "UpstreamCall", failure: Failure) -> None:
-        """The call has ended without a complete reply; the sink does not know it yet."""
-
-    def open_for(self, call: "UpstreamCall") -> None:
-        """The call needs a fresh connection."""
-
-    def opened(self, connection: "Connection") -> None:
-        """The connection stands."""
-
-    def closed(self, connection: "Connection") -> None:
-        """The connection is gone."""
-
-    def free(self, connection: "Connection", call: "UpstreamCall") -> None:
-        """The call has ended, and the connection is free for another."""
-
-    def drop(self, connection: "Connection") -> None:
-        """The connection takes no more calls."""
-
-
 class UpstreamCall:
     """One request under way: what ``UpstreamPool.send`` returns.
 
@@ -104,7 +77,7 @@ class UpstreamCall:
 
     __slots__ = ("connection", "data", "head_only", "opening", "owner", "paused", "sink")
 
-    def __init__(self, owner: Owner, data: bytes, sink: Sink, head_only: bool) -> None:
+    def __init__(self, owner: "UpstreamPool", data: bytes, sink: Sink, head_only: bool) -> None:
         self.owner = owner
         self.data = data
         """Kept only as long as it may have to be sent again."""
@@ -160,7 +133,7 @@ class Connection:
         "old",
     )
 
-    def __init__(self, owner: "Owner", sock: socket.socket, tls: TlsLayer | None) -> None:
+    def __init__(self, owner: "UpstreamPool", sock: socket.socket, tls: TlsLayer | None) -> None:
         self._owner = owner
         self._sock = sock
         self._tls = tls

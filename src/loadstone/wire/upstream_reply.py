@@ -11,7 +11,6 @@ import re
 from typing import Any
 
 import httptools
-import msgspec
 
 from loadstone.wire.head_memo import HeadMemo
 
@@ -25,17 +24,27 @@ _OURS = frozenset(
 )
 
 
-class Head(msgspec.Struct):
+class Head:
     """The head of a final reply. Equal heads may share one, so it is only read."""
 
-    status: int
-    reason: bytes
-    headers: list[tuple[bytes, bytes]]
-    """In the order received, names in lower case, without content-length and what belongs to the connection."""
-    length: int | None
-    """Content-Length; None where the body is chunked or ends with the connection."""
-    notes: Any = None
-    """The reader's own, for what it makes of the head: kept as long as the head is."""
+    __slots__ = ("headers", "length", "notes", "reason", "status")
+
+    def __init__(
+        self,
+        status: int,
+        reason: bytes,
+        headers: list[tuple[bytes, bytes]],
+        length: int | None,
+        notes: Any = None,
+    ) -> None:
+        self.status = status
+        self.reason = reason
+        self.headers = headers
+        """In the order received, names in lower case, without content-length and what belongs to the connection."""
+        self.length = length
+        """Content-Length; None where the body is chunked or ends with the connection."""
+        self.notes = notes
+        """The reader's own, for what it makes of the head: kept as long as the head is."""
 
 
 class _StopParserError(Exception):
