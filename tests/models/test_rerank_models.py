@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from sentence_transformers import CrossEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
@@ -88,6 +90,30 @@ def test_a_score_is_the_same_in_every_batch(folder: Path, official: list[float])
         batches = [ready[at : at + size] for at in range(0, len(ready), size)]
         assert [value for batch in batches for value in values(engine.run(batch))] == pytest.approx(official, abs=1e-5)
     assert values(engine.run(ready[::-1])) == pytest.approx(official[::-1], abs=1e-5)
+
+
+def test_what_prompts_begin_with_is_computed_once(folder: Path) -> None:
+    engine = qwen(folder)
+    queries = [f"what is {at} as it is asked here and nowhere else?" for at in (1, 2)]
+    asked = [(INSTRUCTION, query, f"{at} Beijing") for query in queries for at in range(8)]
+    ready = [engine.prepare(pair) for pair in pairs(asked)]
+    computed: list[int] = []
+    engine._model.embed_tokens.register_forward_hook(lambda _, given, out: computed.append(out.shape[1]))
+    engine.run(ready)
+    assert not engine.pads
+    assert sum(computed) < sum(len(pair.ids) for pair in ready) / 3
+
+
+def test_a_model_that_sees_only_its_neighbourhood_is_padded(folder: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(folder / "original")
+    config.update({"use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention"] * 3})
+    AutoModelForCausalLM.from_pretrained(folder / "original", config=config).save_pretrained(tmp_path)
+    read_tokenizer(str(folder / "original")).save(str(tmp_path / "tokenizer.json"))
+    shutil.copy(folder / "original" / "tokenizer_config.json", tmp_path)
+    engine = QwenReranker(str(tmp_path), QwenPrompt(read_tokenizer(str(tmp_path)), 1024), original=True)
+    assert engine.pads
+    found = values(engine.run([engine.prepare(pair) for pair in pairs()]))
+    assert found == pytest.approx(official_scores(tmp_path, TRIPLES), abs=1e-5)
 
 
 def test_through_the_batcher(folder: Path, official: list[float]) -> None:

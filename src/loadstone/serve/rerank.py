@@ -54,6 +54,7 @@ def scorer(settings: ServeSettings, *, original: bool, on_cpu: bool) -> Iterator
         batch = BatchSettings(
             max_items=settings.max_num_seqs or 1,
             max_tokens=settings.max_num_batched_tokens or 1,
+            pads=engine.pads,
             prepare_threads=workers,
         )
         yield Batching(engine, batch, time.monotonic_ns)

@@ -19,6 +19,8 @@ class CrossEncoderReranker:
     ``limit_tokens`` is the longest pair; None is the model's own limit.
     """
 
+    pads = True
+
     def __init__(self, model: str, limit_tokens: int | None) -> None:
         self._model = CrossEncoder(model).eval()
         if self._model.num_labels != 1:

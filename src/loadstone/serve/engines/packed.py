@@ -21,9 +21,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 _NAME = "loadstone_packed"
-_STEP = 64
-"""Rows are filled up to a multiple of so many tokens: of tensors that each have another size the allocator keeps ever
-more, a tenth in 5,000 texts."""
 _TOLERANCE = 1e-3
 """Of the largest component. What texts see of each other if a model isn't fit for this is a hundred times as much; the
 order of a sum in float32 is a thousandth of it."""
@@ -58,6 +55,13 @@ def packed(encoder: Any, padded: Encode, sample: Features) -> Encode | None:
     return None
 
 
+def filling(tokens: int) -> int:
+    """With how many more a row is computed, up to a sixteenth: of tensors that each have another size the allocator
+    keeps ever more, a tenth in 5,000 texts."""
+    step = max(8, 1 << max(0, tokens.bit_length() - 5))
+    return -tokens % step
+
+
 class _Packed:
     """The encoder on packed texts; its hidden states are padded again, for the modules that follow."""
 
@@ -70,13 +74,13 @@ class _Packed:
         padding."""
         mask = features["attention_mask"].bool()
         ids, lengths = features["input_ids"][mask], mask.sum(dim=1).tolist()
-        filling = -len(ids) % _STEP
-        if filling:
-            lengths.append(filling)
+        spare = filling(len(ids))
+        if spare:
+            lengths.append(spare)
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         positions = torch.cat([torch.arange(length) for length in lengths]) + self._first_position
         hidden = self._encoder(
-            input_ids=pad(ids, (0, filling))[None],
+            input_ids=pad(ids, (0, spare))[None],
             position_ids=positions[None],
             cu_seq_lens_q=ends,
             cu_seq_lens_k=ends,

@@ -1,8 +1,9 @@
 """Qwen3-Reranker on transformers.
 
 The official score is sigmoid(logit of "yes" − logit of "no") at the last position. Both logits are linear in the last
-hidden state, so one vector, the difference of the two rows of the head, stands for the whole vocabulary. Sequences are
-padded behind their end: no position of a causal model sees what follows it, so a score is the same in every batch.
+hidden state, so one vector, the difference of the two rows of the head, stands for the whole vocabulary. No position of
+a causal model sees what follows it: so prompts share what they begin with, or are padded behind their end, and a score
+is the same in every batch.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loadstone.core.engine import EngineError
 from loadstone.serve.engines.qwen_prompt import QwenPrompt
+from loadstone.serve.engines.shared_prefix import sharing
 from loadstone.serve.pairs import Pair, Score, Tokenised, scored
+from loadstone.serve.prefix_row import Tokens
 
 
 class QwenReranker:
@@ -31,6 +34,10 @@ class QwenReranker:
         whole = kind.from_pretrained(model, dtype=dtype).to(self._device).eval()
         self._head = _difference(whole, prompt) if original else whole.score.weight[0].float()
         self._model = whole.model
+        with torch.inference_mode():
+            shared = sharing(self._model, self._padded)
+        self._last_hidden = shared or self._padded
+        self.pads = shared is None
 
     def prepare(self, item: Pair) -> Tokenised:
         return self._prompt.tokenise(item)
@@ -39,15 +46,20 @@ class QwenReranker:
         return len(prepared.ids)
 
     def run(self, batch: Sequence[Tokenised]) -> list[Score | EngineError]:
-        lengths = torch.tensor([len(pair.ids) for pair in batch])
-        ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
-        for row, pair in zip(ids, batch, strict=True):
-            row[: len(pair.ids)] = torch.tensor(pair.ids)
         with torch.inference_mode():
-            hidden = self._model(input_ids=ids.to(self._device), use_cache=False).last_hidden_state
-            last = hidden[torch.arange(len(batch)), lengths - 1].float()
+            last = self._last_hidden([pair.ids for pair in batch]).float()
             values: list[float] = torch.sigmoid(last @ self._head).tolist()
         return [scored(value, pair) for value, pair in zip(values, batch, strict=True)]
+
+    def _padded(self, texts: Sequence[Tokens]) -> torch.Tensor:
+        """The hidden state behind the last token of each text, (texts, size)."""
+        lengths = torch.tensor([len(text) for text in texts])
+        ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.long)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = torch.tensor(text)
+        hidden = self._model(input_ids=ids.to(self._device), use_cache=False).last_hidden_state
+        last: torch.Tensor = hidden[torch.arange(len(texts)), lengths - 1]
+        return last
 
     def __repr__(self) -> str:
         return f"<QwenReranker on {self._device}, {self._prompt!r}>"
