@@ -1,7 +1,7 @@
 """The gate's and the client's inner loops are compiled by mypyc, where the machine has a C compiler.
 
 It is the same Python: without a compiler that works, or with LOADSTONE_PURE set, the modules run as they are, and a
-request through the gate takes a third more CPU. What else there is to say of the package is in pyproject.toml.
+request through the gate takes twice the CPU. What else there is to say of the package is in pyproject.toml.
 """
 
 import os

@@ -65,13 +65,7 @@ class Reservation:
 
     __slots__ = ("at_ns", "client", "held", "tokens")
 
-    def __init__(
-        self,
-        client: str,
-        tokens: int,
-        at_ns: int,
-        held: Any = None,
-    ) -> None:
+    def __init__(self, client: str, tokens: int, at_ns: int, held: Any = None) -> None:
         self.client = client
         self.tokens = tokens
         self.at_ns = at_ns

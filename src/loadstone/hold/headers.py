@@ -92,13 +92,7 @@ class UpstreamHead:
 
     __slots__ = ("chain", "rest", "sized", "start")
 
-    def __init__(
-        self,
-        start: bytes,
-        sized: bool,
-        chain: bytes,
-        rest: bytes,
-    ) -> None:
+    def __init__(self, start: bytes, sized: bool, chain: bytes, rest: bytes) -> None:
         self.start = start
         self.sized = sized
         """There is a Content-Length even if it is 0."""
@@ -170,14 +164,7 @@ class ReplyLines:
 
     __slots__ = ("last", "plain", "says_when", "streams", "with_rates")
 
-    def __init__(
-        self,
-        streams: bool,
-        says_when: bool,
-        plain: bytes,
-        with_rates: bytes,
-        last: bytes,
-    ) -> None:
+    def __init__(self, streams: bool, says_when: bool, plain: bytes, with_rates: bytes, last: bytes) -> None:
         self.streams = streams
         """The body is a stream of events."""
         self.says_when = says_when

@@ -47,13 +47,7 @@ class Finished:
 
     __slots__ = ("ended_ns", "outcome", "output_tokens", "tokens")
 
-    def __init__(
-        self,
-        outcome: Outcome,
-        ended_ns: int,
-        tokens: int | None,
-        output_tokens: int,
-    ) -> None:
+    def __init__(self, outcome: Outcome, ended_ns: int, tokens: int | None, output_tokens: int) -> None:
         self.outcome = outcome
         self.ended_ns = ended_ns
         self.tokens = tokens

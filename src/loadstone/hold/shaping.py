@@ -27,12 +27,7 @@ class Shaped:
 
     __slots__ = ("body", "prompt", "tokens")
 
-    def __init__(
-        self,
-        body: bytes,
-        tokens: int,
-        prompt: msgspec.Raw = ABSENT,
-    ) -> None:
+    def __init__(self, body: bytes, tokens: int, prompt: msgspec.Raw = ABSENT) -> None:
         self.body = body
         self.tokens = tokens
         """Prompt, estimated, and the most output that it may generate."""
@@ -51,13 +46,7 @@ class Kind:
 
     __slots__ = ("content_type", "generates", "is_json", "output_key")
 
-    def __init__(
-        self,
-        is_json: bool,
-        generates: bool,
-        output_key: str,
-        content_type: bytes | None,
-    ) -> None:
+    def __init__(self, is_json: bool, generates: bool, output_key: str, content_type: bytes | None) -> None:
         self.is_json = is_json
         self.generates = generates
         self.output_key = output_key

@@ -38,12 +38,7 @@ class IncomingRequest:
 
     __slots__ = ("body", "head", "peer")
 
-    def __init__(
-        self,
-        head: RequestHead,
-        body: bytes,
-        peer: str,
-    ) -> None:
+    def __init__(self, head: RequestHead, body: bytes, peer: str) -> None:
         self.head = head
         self.body = body
         self.peer = peer
