@@ -3,13 +3,11 @@
 Theory of operation. Only attention looks from one token to others. So the tokens of all texts go through the model as
 one row, each with its position in its own text, and attention is computed text by text, those of one length together.
 For rows of this kind transformers' models hand on where each text begins (``cu_seq_lens_q``, for flash attention):
-that is what the attention here reads. Whether a model really has nothing else in it that mixes tokens or counts
-positions in a way of its own, its vectors tell: ``packed`` compares them with those of padded texts.
+that is what the attention here reads.
 
 For CPUs, which compute as much for padding as for a word. A GPU is faster with one large attention than many small.
 """
 
-import logging
 from collections.abc import Callable
 from itertools import accumulate, groupby
 from typing import Any
@@ -17,13 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flash_attention_mask
 
-_NAME = "loadstone_packed"
-_TOLERANCE = 1e-3
-"""Of the largest component. What texts see of each other if a model isn't fit for this is a hundred times as much; the
-order of a sum in float32 is a thousandth of it."""
+from loadstone.serve.engines.unpadded import exchanged, filling, fit, refuse_masks
 
 Features = dict[str, Any]
 Encode = Callable[[Features], Features]
@@ -32,33 +25,18 @@ Encode = Callable[[Features], Features]
 def packed(encoder: Any, padded: Encode, sample: Features) -> Encode | None:
     """What does as ``padded``, the module around ``encoder`` (of transformers), but without padding; None where it
     cannot. ``sample`` has the features of a few texts of very different lengths, as ``padded`` takes them."""
-    own_attention = getattr(encoder.config, "_attn_implementation", None)
-    # Coarser numbers than float32 would not tell.
-    if own_attention is None or encoder.device.type != "cpu" or encoder.dtype != torch.float32:
+    if not fit(encoder):
         return None
     mask = sample["attention_mask"].bool()
-    expected = padded(dict(sample))["token_embeddings"][mask]
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, flash_attention_mask)
     # RoBERTa's positions begin behind that of its padding.
     starts = (0, int(getattr(encoder.config, "pad_token_id", None) or 0) + 1)
-    try:
-        encoder.set_attn_implementation(_NAME)
-        for start in starts:
-            encode = _Packed(encoder, start)
-            off = (encode(sample)["token_embeddings"][mask] - expected).abs().max()
-            if off <= _TOLERANCE * expected.abs().max():
-                return encode
-    except Exception as error:  # whatever stops a model from this: its texts are padded
-        logging.getLogger(__name__).info("texts are padded: %s", error)
-    encoder.set_attn_implementation(own_attention)
-    return None
-
-
-def filling(tokens: int) -> int:
-    """With how many more a row is computed, 15 or an eighth at most: of tensors that each have another size the
-    allocator keeps ever more, a tenth in 5,000 texts."""
-    return -tokens % max(16, (1 << tokens.bit_length()) >> 4)
+    return exchanged(
+        encoder,
+        _attention,
+        [_Packed(encoder, start) for start in starts],
+        lambda encode: encode(sample)["token_embeddings"][mask],
+        padded(dict(sample))["token_embeddings"][mask],
+    )
 
 
 class _Packed:
@@ -104,10 +82,8 @@ def _attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """For transformers: (1, heads, tokens, size) each, (1, tokens, heads, size) back. Raises ValueError for a model
-    that masks anything within a text."""
-    if attention_mask is not None or sliding_window is not None:
-        raise ValueError(f"{type(module).__name__} masks tokens of a text from each other")
+    """For transformers: (1, heads, tokens, size) each, (1, tokens, heads, size) back. Raises as ``refuse_masks``."""
+    refuse_masks(module, attention_mask, sliding_window)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out = torch.empty_like(query)

@@ -1,26 +1,18 @@
 """A causal model on texts that begin alike: what they share is computed once (``serve.prefix_row``), nothing is padded.
 
-Whether a model has nothing else that mixes tokens or counts positions in a way of its own, its hidden states tell:
-``sharing`` compares them with those of padded texts. For CPUs, which are busy with the arithmetic; a GPU is faster with
-one large attention, and vLLM on it keeps shared beginnings by itself.
+For CPUs, which are busy with the arithmetic; a GPU is faster with one large attention, and vLLM on it keeps shared
+beginnings by itself.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flash_attention_mask
 
-from loadstone.serve.engines.packed import filling
+from loadstone.serve.engines.unpadded import exchanged, filling, fit, refuse_masks
 from loadstone.serve.prefix_row import Block, Tokens, row_of
-
-_NAME = "loadstone_shared_prefix"
-_TOLERANCE = 1e-3
-"""Of the largest component; the order of a sum in float32 is a thousandth of it."""
 
 LastHidden = Callable[[Sequence[Tokens]], Tensor]
 """From texts to the hidden state behind the last token of each, (texts, size)."""
@@ -29,23 +21,10 @@ LastHidden = Callable[[Sequence[Tokens]], Tensor]
 def sharing(model: Any, padded: LastHidden) -> LastHidden | None:
     """What does as ``padded``, around ``model`` (of transformers), but computes shared beginnings once; None where it
     cannot."""
-    own_attention = getattr(model.config, "_attn_implementation", None)
-    # Coarser numbers than float32 would not tell.
-    if own_attention is None or model.device.type != "cpu" or model.dtype != torch.float32:
+    if not fit(model):
         return None
     sample = _sample(model.config.vocab_size)
-    expected = padded(sample)
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, flash_attention_mask)
-    try:
-        model.set_attn_implementation(_NAME)
-        last_hidden = _Sharing(model)
-        if (last_hidden(sample) - expected).abs().max() <= _TOLERANCE * expected.abs().max():
-            return last_hidden
-    except Exception as error:  # whatever stops a model from this: its texts are padded
-        logging.getLogger(__name__).info("texts are padded: %s", error)
-    model.set_attn_implementation(own_attention)
-    return None
+    return exchanged(model, _attention, [_Sharing(model)], lambda share: share(sample), padded(sample))
 
 
 def _sample(vocabulary: int) -> list[list[int]]:
@@ -111,10 +90,8 @@ def _attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """For transformers: (1, heads, tokens, size) each, (1, tokens, heads, size) back. Raises ValueError for a model
-    that masks tokens of a text from later ones."""
-    if attention_mask is not None or sliding_window is not None:
-        raise ValueError(f"{type(module).__name__} masks tokens of a text from each other")
+    """For transformers: (1, heads, tokens, size) each, (1, tokens, heads, size) back. Raises as ``refuse_masks``."""
+    refuse_masks(module, attention_mask, sliding_window)
     out = query.new_empty(query.shape)
     for tokens, keys, mask in blocks:
         heads = query[:, :, tokens], key[:, :, keys], value[:, :, keys]
